@@ -1,0 +1,42 @@
+"""One engine's state as plain facts, for the control socket. Reads; changes nothing."""
+
+from typing import Any
+
+from nbdmirror.core.node import Node
+from nbdmirror.core.superblock import Flags
+
+
+def describe(node: Node) -> dict[str, Any]:
+    """Facts for the state command; every count is of this moment."""
+    sb = node.sb
+    return {
+        "mirror": sb.mirror_name,
+        "node_id": sb.node_id,
+        "role": node.role.value,
+        "data_state": sb.data_state.name.lower(),
+        "generation": sb.generation.hex(),
+        "base": [g.hex() for g in sb.base],
+        "pending": sb.pending.hex() if any(sb.pending) else "",
+        "pending_kind": sb.pending_kind.name.lower(),
+        "flags": [f.name.lower() for f in Flags if f.name and f & sb.flags],
+        "right_alone": node.right,
+        "frozen": node.frozen,
+        "frozen_reason": node.frozen_reason,
+        "question": node.question,
+        "held": node.held,
+        "failed": node.failed,
+        "refusal": node.refusal,
+        "fell_back": node.fell_back,
+        "cache_survived": node.cache_survived,
+        "dirty_extents": node.dirty.count,
+        "dirty_bytes": min(node.dirty.count * sb.extent_bytes, sb.device_bytes),
+        "device_bytes": sb.device_bytes,
+        "hot_regions": len(node.log.hot),
+        "intent_txn": node.log.txn,
+        "term": sb.term,
+        "arbiter": sb.arbiter.name.lower(),
+        "in_flight": len(node.inflight),
+        "unflushed_bytes": node.unflushed_bytes,
+        "session": node.session.describe() if node.session is not None else None,
+        "resync": dict(node.resync),
+    }

@@ -1,0 +1,109 @@
+"""The joint step (rule 9): how two nodes get a generation that is theirs together.
+
+A generation is alone or joint, never first one and then the other. The order of the four parts is
+the rule; each is durable before the next begins:
+
+    (a) the source gives up its right to acknowledge alone and stores a fresh joint generation J as
+        pending: from here it freezes when the peer goes;
+    (b) the arbiter's record becomes (J, no owner), where the arbiter has a memory;
+    (c) the target has flushed, takes J and is up to date;
+    (d) the source takes J.
+"""
+
+from dataclasses import replace
+
+from nbdmirror.core.durable import NO_GENERATION, add_base
+from nbdmirror.core.messages import JointTake, JointTaken
+from nbdmirror.core.node import Node
+from nbdmirror.core.ports import Path
+from nbdmirror.core.session import Phase, Session
+from nbdmirror.core.superblock import Flags, PendingKind, Superblock
+from nbdmirror.errors import PeerProtocolError, SessionLostError
+
+
+def joint_step(node: Node, session: Session) -> Path:
+    """Run (a) to (d) as the source; returns when this session is in sync.
+
+    Raises:
+        SessionLostError: the session ended; the next contact finds out how far it got.
+        PeerProtocolError: the peer took another generation than it was given.
+    """
+    yield from wait_for_arbiter(node, session)
+    generation = yield from give_up_right(node, session)
+    yield from record(node, session, generation)
+    require_live(session)
+    session.tell(JointTake(generation=generation, last_seq=node.seq))
+    yield (session.link.kick,)
+    taken = yield from session.expect(JointTaken)
+    if taken.generation != generation:
+        raise PeerProtocolError("the peer took another joint generation than it was given")
+    require_live(session)
+    yield from node.change(node.joined(session, generation, keep_primary=True))
+    require_live(session)
+    node.in_sync(session)
+
+
+def wait_for_arbiter(node: Node, session: Session) -> Path:
+    """Part (a) is not begun while an arbiter with a memory cannot be reached.
+
+    The source keeps its right, the target stays not promotable, and the state says so.
+    """
+    while node.arbiter_has_memory and not node.arbiter_reachable:
+        require_live(session)
+        node.ask("arbiter-unreachable")
+        yield from node.wait_for_answer()
+    require_live(session)
+
+
+def give_up_right(node: Node, session: Session) -> Path:
+    """Part (a). Returns the joint generation, durably pending.
+
+    A step that broke off is repeated with the same generation: the peer may have taken it, and if
+    it then went on alone from there, a second one would look like a line of its own (split brain).
+    """
+    require_live(session)
+    again = node.sb.pending_kind is PendingKind.JOINT
+    generation = node.sb.pending if again else node.shell.random_bytes(16)
+
+    def give_up(sb: Superblock) -> Superblock:
+        # A pending claim may be known to the record.
+        return replace(
+            sb,
+            flags=sb.flags & ~(Flags.ALONE | Flags.PEER_OUTDATED),
+            base=sb.base if again else add_base(sb.base, sb.pending),
+            pending=generation,
+            pending_kind=PendingKind.JOINT,
+        )
+
+    session.phase = Phase.JOINT
+    # In memory first: a session lost while this is being stored must freeze, not go on alone.
+    node.giving_up = True
+    try:
+        yield from node.change(give_up)
+    finally:
+        node.giving_up = False
+    return generation
+
+
+def record(node: Node, session: Session, generation: bytes) -> Path:
+    """Part (b): wait until whoever commands has set the record to (J, no owner)."""
+    if not node.arbiter_has_memory:
+        return
+    node.recorded = NO_GENERATION
+    try:
+        while node.recorded != generation:
+            require_live(session)
+            # Asked again each time: whatever else was answered meanwhile cleared the question.
+            if node.question != "record-joint":
+                node.ask("record-joint")
+            yield from node.wait_for_answer()
+    finally:
+        # A step that broke off asks nothing any more.
+        if node.question == "record-joint":
+            node.answer()
+
+
+def require_live(session: Session) -> None:
+    """Stop a step whose session ended while it was waiting."""
+    if not session.live:
+        raise SessionLostError(session.reason)

@@ -1,0 +1,475 @@
+"""What two nodes do when they meet: compare, decide, and start the session that follows.
+
+One path per connection runs here from the end of the handshake to the moment the session is in
+sync (or ends). Both sides send their STATE, decide by the same table, and send each other the
+verdict: if the two are not mirror images of each other nothing happens. No data moves before that,
+and the target is durably inconsistent before the first block is copied to it (rule 13).
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from nbdmirror.core.decide import Decision, DecisionKind, NodeView, decide
+from nbdmirror.core.durable import add_base
+from nbdmirror.core.joint import joint_step, require_live
+from nbdmirror.core.messages import (
+    Bye,
+    MapEnd,
+    MapPage,
+    SourceBegin,
+    State,
+    TargetReady,
+    UnionStored,
+    Verdict,
+)
+from nbdmirror.core.node import Node, Role
+from nbdmirror.core.ports import Path
+from nbdmirror.core.replica import replica
+from nbdmirror.core.resync import resync
+from nbdmirror.core.session import EMPTY, Operation, Phase, Session
+from nbdmirror.core.session import Verdict as Outcome
+from nbdmirror.core.superblock import DataState, Flags, PendingKind, Superblock
+from nbdmirror.core.view import node_view, state_message, view_of_state
+from nbdmirror.core.wire import FrameType
+from nbdmirror.errors import (
+    NbdMirrorError,
+    PeerProtocolError,
+    PeerRefusedError,
+    SessionLostError,
+    StoreError,
+)
+
+COPIES = frozenset({DecisionKind.COPY_BY_MAP, DecisionKind.COPY_FULL})
+RESUME_CODE = 255
+GOES_ON = COPIES | {DecisionKind.JOINT, DecisionKind.IN_SYNC}
+
+
+def negotiate(node: Node, session: Session) -> Path:
+    """Run one session from contact until it is in sync. Spawned once per connection."""
+    try:
+        yield from meet(node, session)
+    except SessionLostError:
+        pass
+    except PeerRefusedError as error:
+        node.refusal = str(error)
+        node.shell.emit("refused", reason=str(error))
+        session.tell(Bye(reason=str(error)))
+        yield (session.link.kick,)
+        node.lose_session(session, str(error))
+    except PeerProtocolError as error:
+        node.shell.emit("protocol-error", reason=str(error))
+        session.tell(Bye(reason=str(error)))
+        yield (session.link.kick,)
+        node.lose_session(session, str(error))
+    except StoreError as error:
+        node.note_failure(str(error))
+        node.lose_session(session, str(error))
+    except NbdMirrorError as error:
+        node.lose_session(session, str(error))
+
+
+def meet(node: Node, session: Session) -> Path:
+    """Exchange states and verdicts, then go one of the three ways."""
+    require_fresh(node, session)
+    yield from node.quiesce()
+    require_live(session)
+    mine = state_message(node)
+    session.tell(mine)
+    yield (session.link.kick,)
+    theirs = yield from session.expect(State)
+    session.peer_primary = theirs.primary_now
+    require_known_peer(node, session)
+    require_same_arbiter(mine, theirs)
+    resumable = may_resume(mine, theirs, session)
+    me = node_view(mine, node.sb.mirror_id, node.sb.node_id)
+    peer = view_of_state(theirs, session.peer)
+    decision = decide(me, peer)
+    if resumable:
+        code, text = RESUME_CODE, "resume: the same engines, nothing decided in between"
+    else:
+        code, text = verdict_code(decision, me, peer), decision.reason
+    # The source begins as soon as it has this verdict, which may be before this path goes on.
+    last = node.last_session
+    session.may_receive = (
+        last is not None and not last.sending
+        if resumable
+        else decision.kind in GOES_ON and decision.source_is_mine is False
+    )
+    session.tell(Verdict(decision=code, text=text))
+    yield (session.link.kick,)
+    answer = yield from session.expect(Verdict)
+    if answer.decision != code:
+        node.last_session = None
+        raise PeerRefusedError(
+            f"the two nodes decide differently: here {text!r}, there {answer.text!r}"
+        )
+    require_unchanged(node, mine)
+    if resumable:
+        yield from resume(node, session, mine, theirs)
+        return
+    yield from begin(node, session, decision, theirs)
+
+
+def require_known_peer(node: Node, session: Session) -> None:
+    """Rule 20: the peer is who this mirror was joined with; a replaced one is for the operator.
+
+    Raises:
+        PeerRefusedError: another identity.
+    """
+    known = node.sb.peer_uuid
+    if any(known) and known != session.peer.node_uuid:
+        raise PeerRefusedError(
+            f"the peer has the identity {session.peer.node_uuid.hex()}, this mirror knows "
+            f"{known.hex()}: if its metadata was made anew, accept it on this node with "
+            "`nbdmirror engine accept-peer`"
+        )
+
+
+def require_same_arbiter(mine: State, theirs: State) -> None:
+    """Rules 20 and 21: two nodes that ask different arbiters could both be told yes.
+
+    Raises:
+        PeerRefusedError: kind or store differ.
+    """
+    if (mine.arbiter, mine.arbiter_identity) != (theirs.arbiter, theirs.arbiter_identity):
+        raise PeerRefusedError(
+            f"the arbiter differs: {mine.arbiter.name.lower()} here, "
+            f"{theirs.arbiter.name.lower()} there (or another store of that kind); "
+            "make the two configurations equal"
+        )
+
+
+def verdict_code(decision: Decision, me: NodeView, peer: NodeView) -> int:
+    """Kind and source in one byte, the same on both sides if and only if both decide the same."""
+    source = 0
+    if decision.source_is_mine is not None:
+        source = 1 if decision.source_is_mine == (me.node_id < peer.node_id) else 2
+    return list(DecisionKind).index(decision.kind) * 3 + source
+
+
+def require_fresh(node: Node, session: Session) -> None:
+    """One session per peer; none while a claim is unsettled or the node is going away.
+
+    Raises:
+        PeerRefusedError: with the reason, which both sides show.
+        SessionLostError: the connection broke before this path began; it must not be taken, because
+            nobody would ever lose it again.
+    """
+    require_live(session)
+    if node.session is not None and node.session is not session:
+        raise PeerRefusedError("there is a session with this peer already")
+    if node.stopping:
+        raise PeerRefusedError("this node is stopping")
+    if node.changing:
+        raise PeerRefusedError(f"a change of role ({node.changing}) is under way; try again")
+    if node.failed:
+        raise PeerRefusedError(f"this node's disk failed: {node.failed}; repair it and restart")
+    if claim_unsettled(node):
+        raise PeerRefusedError("a claim at the arbiter is not settled yet; try again")
+    node.session = session
+
+
+def claim_unsettled(node: Node) -> bool:
+    """Whether a claim was stored and may have been sent, but is neither won nor lost (rule 11)."""
+    return (
+        node.sb.pending_kind is PendingKind.CLAIM
+        and node.arbiter_has_memory
+        and not node.sb.flags & Flags.ALONE
+    )
+
+
+def may_resume(mine: State, theirs: State, session: Session) -> bool:
+    """`reconnected` (replay in order) is only for the same two engine instances.
+
+    Exactly one of them sends, neither may act alone or changed its generation since.
+    """
+    return bool(
+        mine.resume_session
+        and mine.resume_session == theirs.resume_session
+        and mine.peer_instance == session.peer.instance
+        and mine.generation == theirs.generation
+        and mine.primary_now != theirs.primary_now
+    )
+
+
+def require_unchanged(node: Node, told: State) -> None:
+    """What was told must still be true when it is acted upon.
+
+    Raises:
+        PeerRefusedError: role, generation or right changed meanwhile; the next contact decides
+        anew.
+    """
+    now = state_message(node)
+    if (
+        now.generation,
+        now.flags,
+        now.pending,
+        now.data_state,
+        now.primary_now,
+        now.resume_session,
+    ) != (
+        told.generation,
+        told.flags,
+        told.pending,
+        told.data_state,
+        told.primary_now,
+        told.resume_session,
+    ):
+        raise PeerRefusedError("this node changed while the two were comparing; try again")
+
+
+def resume(node: Node, session: Session, mine: State, theirs: State) -> Path:
+    """Go on where the lost session of the same two engines stopped: replay in order."""
+    last = node.last_session
+    assert last is not None
+    if last.sending:
+        require_contiguous(node, theirs.resume_applied)
+        session.phase = Phase.SYNCED
+        session.acked_seq = theirs.resume_applied
+        hear_answers(session)
+        session.sending = True
+        session.tell(SourceBegin(first_seq=theirs.resume_applied + 1, resume=True))
+        replay(node, session, theirs.resume_applied)
+        node.frozen_reason = ""
+        node.answer()
+        yield (session.link.kick,)
+    else:
+        yield from session.expect(SourceBegin)
+        session.phase = Phase.SYNCED
+        session.applied_seq = session.acked_seq = mine.resume_applied
+        session.flush_done_seq = last.flush_done_seq
+        session.stable_seq = last.stable_seq
+        receive(node, session)
+    node.last_session = None
+    node.shell.emit("resumed", session=f"{session.number:016x}")
+
+
+def replay(node: Node, session: Session, applied: int) -> None:
+    """Send again what the peer did not apply, under its old numbers; settle what it did.
+
+    A durable operation that was applied waits for a flush of the new session.
+    """
+    flush_again = False
+    for operation in unsettled(node):
+        if operation.seq > applied:
+            session.submit(operation)
+        elif operation.durable:
+            session.awaiting_flush.append(operation)
+            flush_again = True
+        else:
+            operation.settle(Outcome.ACKNOWLEDGED)
+    if flush_again:
+        node.seq += 1
+        session.queue(FrameType.FLUSH, 0, node.seq, 0, 0, EMPTY)
+
+
+def unsettled(node: Node) -> list[Operation]:
+    """The frozen operations, in the order of their numbers."""
+    return [op for op in node.inflight if op.verdict is None]
+
+
+def require_contiguous(node: Node, applied: int) -> None:
+    """Every number that the peer lacks must still be here.
+
+    Raises:
+        PeerRefusedError: one is missing; the next contact compares from the beginning.
+    """
+    wanted = [op.seq for op in unsettled(node) if op.seq > applied]
+    if applied > node.seq or wanted != list(range(applied + 1, node.seq + 1)):
+        node.last_session = None
+        raise PeerRefusedError(
+            "what the peer has not applied is not all here any more; compare anew"
+        )
+
+
+def begin(node: Node, session: Session, decision: Decision, theirs: State) -> Path:
+    """Act on a decision that is not a resumption."""
+    if decision.kind not in GOES_ON or decision.stop_first:
+        if decision.kind is DecisionKind.SPLIT_BRAIN:
+            yield from split_brain(node, waits=decision.stop_first)
+        raise PeerRefusedError(decision.reason)
+    settle_settings(node, theirs)
+    node.shell.emit("decided", verdict=decision.kind.name, row=decision.row, reason=decision.reason)
+    node.forget_peer()
+    if decision.source_is_mine:
+        yield from source(node, session, decision, theirs)
+    else:
+        yield from target(node, session, decision)
+
+
+def split_brain(node: Node, *, waits: bool) -> Path:
+    """Record the verdict; the side that waits gives up its right, and stops serving if it does.
+
+    Both copies are kept. The other side goes on alone; which of the two is given up is the
+    operator's choice (rule 19).
+    """
+    gone = Flags.ALONE | Flags.PEER_OUTDATED if waits else Flags(0)
+    yield from node.change(lambda sb: replace(sb, flags=(sb.flags | Flags.SPLIT) & ~gone))
+    node.shell.emit("split-brain", waits=waits)
+    if waits and node.role is Role.PRIMARY:
+        node.take_role(Role.NONE)
+        node.fence()
+
+
+def settle_settings(node: Node, theirs: State) -> None:
+    """What both can do is offered (trim that reads as zeros); of time-outs the larger counts."""
+    node.ack_timeout_ms = max(node.settings.ack_timeout_ms, theirs.ack_timeout_ms)
+    node.trim_ok = bool(theirs.trim_ok) and node.own_trim_ok
+    node.fast_zero_ok = bool(theirs.fast_zero_ok) and node.own_fast_zero_ok
+
+
+def source(node: Node, session: Session, decision: Decision, theirs: State) -> Path:
+    """The side whose data counts: union, copy, joint step."""
+    copying = decision.kind in COPIES
+    if copying:
+        full = decision.kind is DecisionKind.COPY_FULL
+        yield from collect_union(node, session, full=full, rewrite=Flags.FAILED in theirs.flags)
+    elif node.dirty.any():
+        # Written since the states were told: the target has to be inconsistent first after all.
+        copying = True
+        yield from offer_union(node, session)
+    require_live(session)
+    start_sending(node, session, copying=copying)
+    yield (session.link.kick,)
+    if decision.kind is DecisionKind.IN_SYNC and not copying:
+        yield from node.change(refreshed(node, keep_primary=True))
+        require_live(session)
+        node.in_sync(session)
+        return
+    yield from resync(node, session)
+    # The peer may be found with what it has now, or with what a broken-off step left it.
+    yield from node.change(
+        lambda sb: replace(sb, base=add_base(sb.base, theirs.generation, theirs.pending))
+    )
+    yield from joint_step(node, session)
+
+
+def collect_union(node: Node, session: Session, *, full: bool, rewrite: bool) -> Path:
+    """Store the union of both maps durably, after this node has flushed (rule 13).
+
+    `rewrite`: the target's page cache shows what its disk lost, so nothing is compared (rule 5).
+    """
+    yield from node.sync()
+    end = yield from session.expect(MapEnd)
+    if full or end.full:
+        node.dirty.mark_all(suspect=not rewrite)
+    if rewrite:
+        node.dirty.suspect.setall(0)
+    yield from offer_union(node, session)
+
+
+def offer_union(node: Node, session: Session) -> Path:
+    """Flush, make the map durable, and wait until the target is durably inconsistent."""
+    yield from node.sync()
+    yield from node.save_pages(node.dirty.unsaved_pages())
+    require_live(session)
+    session.tell(UnionStored(first_seq=0))
+    yield (session.link.kick,)
+    yield from session.expect(TargetReady)
+
+
+def start_sending(node: Node, session: Session, *, copying: bool) -> None:
+    """From here on every operation goes to both; frozen ones are sent again, in their order."""
+    session.phase = Phase.RESYNC if copying else Phase.JOINT
+    pending = unsettled(node)
+    session.tell(SourceBegin(first_seq=node.seq + 1, resume=False))
+    hear_answers(session)
+    session.sending = True
+    session.acked_seq = node.seq
+    node.new_numbers(node.seq)
+    for operation in pending:
+        node.seq = operation.seq = node.seq + 1
+        if operation.end > operation.offset:
+            node.touch(operation.offset, operation.end, operation.seq)
+            node.remember_unflushed(operation.seq, operation.offset, operation.end)
+        session.submit(operation)
+    node.frozen_reason = ""
+    node.answer()
+
+
+def hear_answers(session: Session) -> None:
+    """Let acknowledgements in; data frames stay refused by the channel itself."""
+    session.channel.open_answers()
+
+
+def target(node: Node, session: Session, decision: Decision) -> Path:
+    """The side that receives: give away its map, be inconsistent, apply."""
+    if decision.kind in COPIES:
+        yield from send_map(node, session, full=decision.kind is DecisionKind.COPY_FULL)
+    first = yield from session.expect_any((UnionStored, SourceBegin))
+    if isinstance(first, UnionStored):
+        yield from node.change(while_live(session, inconsistent))
+        require_live(session)
+        session.tell(TargetReady())
+        yield (session.link.kick,)
+        first = yield from session.expect(SourceBegin)
+        session.phase = Phase.RESYNC
+    else:
+        session.phase = Phase.JOINT
+    session.applied_seq = session.acked_seq = first.first_seq - 1
+    session.flush_done_seq = first.first_seq - 1
+    node.new_numbers(0)
+    if decision.kind is DecisionKind.IN_SYNC and session.phase is Phase.JOINT:
+        yield from node.change(refreshed(node, keep_primary=False))
+        require_live(session)
+        node.in_sync(session)
+    receive(node, session)
+
+
+def receive(node: Node, session: Session) -> None:
+    """Start applying."""
+    require_live(session)
+    node.take_role(Role.SECONDARY)
+    session.receiving = True
+    node.shell.spawn_replica(replica(node, session))
+
+
+def send_map(node: Node, session: Session, *, full: bool) -> Path:
+    """Give the source every page of the map that has a bit."""
+    count = 0
+    for index in range(0 if full else node.geometry.page_count):
+        if node.dirty.page_any(index):
+            session.tell(MapPage(index=index, payload=node.dirty.page_bits(index)))
+            count += 1
+            if count % 64 == 0:
+                yield (session.link.kick,)
+                yield from session.drained()
+    session.tell(MapEnd(pages=count, full=full))
+    yield (session.link.kick,)
+
+
+def while_live(
+    session: Session, edit: Callable[[Superblock], Superblock]
+) -> Callable[[Superblock], Superblock]:
+    """`edit`, unless the session ended while it waited for its turn."""
+
+    def checked(sb: Superblock) -> Superblock:
+        require_live(session)
+        return edit(sb)
+
+    return checked
+
+
+def inconsistent(sb: Superblock) -> Superblock:
+    """In the middle of a resync: neither promotable nor a source; nothing of its own is pending."""
+    gone = Flags.ALONE | Flags.PEER_OUTDATED | Flags.WAS_PRIMARY | Flags.ZEROED | Flags.SPLIT
+    return replace(
+        sb,
+        data_state=DataState.INCONSISTENT,
+        flags=sb.flags & ~gone,
+        base=add_base(sb.base, sb.pending),
+        pending=bytes(16),
+        pending_kind=PendingKind.NONE,
+    )
+
+
+def refreshed(node: Node, *, keep_primary: bool) -> Callable[[Superblock], Superblock]:
+    """The edit of two copies found equal: this boot's page cache holds both."""
+
+    def edit(sb: Superblock) -> Superblock:
+        gone = Flags.CACHE_LOST | Flags.ZEROED
+        if not keep_primary:
+            gone |= Flags.WAS_PRIMARY
+        return replace(sb, flags=sb.flags & ~gone, boot_id=node.boot_id, mount_id=node.mount_id)
+
+    return edit

@@ -1,0 +1,485 @@
+"""Commands that change what this engine is: promote, demote, claim, go alone, stop, discard.
+
+Each is a path that checks, makes the new state durable, and only then lets anybody see it. A
+refusal names the rule and the remedy. One such change at a time. Which node should have which role
+is decided elsewhere; what the metadata forbids is refused here (rules 9 to 14).
+"""
+
+from dataclasses import replace
+
+from nbdmirror.core.decide import promotable
+from nbdmirror.core.durable import NO_GENERATION, add_base
+from nbdmirror.core.io import flush_pair
+from nbdmirror.core.leave import ask_to_leave
+from nbdmirror.core.messages import Role as RoleMessage
+from nbdmirror.core.negotiate import claim_unsettled
+from nbdmirror.core.node import Node, Role
+from nbdmirror.core.ports import Path
+from nbdmirror.core.session import Phase, Session
+from nbdmirror.core.superblock import (
+    DataState,
+    Flags,
+    PendingKind,
+    Superblock,
+    advance_generation,
+)
+from nbdmirror.core.view import node_view, state_message
+from nbdmirror.errors import NbdMirrorError, RefusedError
+from nbdmirror.limits import NEGOTIATION_TIMEOUT_MS
+
+DRAIN_TIMEOUT_S = 5.0
+NEGOTIATION_POLL_MS = 20
+
+
+def exclusively(node: Node, name: str, path: Path) -> Path:
+    """Run one change of role; a second one meanwhile is refused, not queued.
+
+    Raises:
+        RefusedError: another change is under way.
+    """
+    try:
+        node.begin_change(name)
+    except RefusedError:
+        path.close()
+        raise
+    try:
+        return (yield from path)
+    finally:
+        node.end_change()
+
+
+def wait_for_negotiation(node: Node) -> Path:
+    """Let a session that is being set up get somewhere first; bounded."""
+    for _ in range(NEGOTIATION_TIMEOUT_MS // NEGOTIATION_POLL_MS):
+        session = node.session
+        if session is None or session.phase is not Phase.NEGOTIATING:
+            return
+        yield (node.shell.waiter().wait, NEGOTIATION_POLL_MS / 1000)
+
+
+def promote(node: Node, *, force: bool = False) -> Path:
+    """Become primary: with the peer as secondary, or alone.
+
+    Raises:
+        RefusedError: the metadata, a failed disk, or a primary peer forbids it.
+    """
+    return (yield from exclusively(node, "promote", promote_now(node, force=force)))
+
+
+def promote_now(node: Node, *, force: bool) -> Path:
+    """The body of promote."""
+    if node.role is Role.PRIMARY:
+        return
+    if node.failed:
+        raise RefusedError(f"promote: this node's disk failed: {node.failed}")
+    if node.stopping:
+        raise RefusedError("promote: this node is stopping")
+    yield from wait_for_negotiation(node)
+    session = node.session
+    if session is not None and session.peer_primary and not force:
+        raise RefusedError("promote: the peer is primary; demote it first")
+    state = state_message(node)
+    view = node_view(state, node.sb.mirror_id, node.sb.node_id)
+    refusal = promotable(view, session is not None, node.arbiter_has_memory)
+    if refusal is not None and not force:
+        raise RefusedError(f"promote: {refusal.reason}")
+    if session is not None and session.sending and refusal is None:
+        yield from become_primary(node, {})
+        session.tell(RoleMessage(primary=True, term=node.sb.term))
+        yield (session.link.kick,)
+        return
+    planned = session is not None and session.phase is Phase.SYNCED and refusal is None
+    if session is not None:
+        # Rule 6: close the session, let what was received end, and only then open the gate.
+        if not planned and not force:
+            raise RefusedError("promote: a session is being set up or copied; wait for it")
+        node.lose_session(session, "promoted")
+    yield from node.quiesce()
+    node.forget_peer()
+    if planned:
+        yield from become_primary(node, {})
+        node.frozen_reason = "promoted; waiting for the peer to come back as secondary"
+        return
+    yield from take_over(node, force=force)
+
+
+def take_over(node: Node, *, force: bool) -> Path:
+    """Become primary without the peer, with the right to acknowledge alone."""
+    if node.right and not force:
+        yield from become_primary(node, {})
+        return
+    if node.arbiter_has_memory and not force:
+        raise RefusedError("promote: the arbiter has not given this node the right; claim it first")
+    yield from node.sync()
+    claim = node.shell.random_bytes(16)
+    changes: dict[str, object] = {}
+    if force:
+        changes["forced_over"] = node.sb.generation
+        changes["data_state"] = DataState.UPTODATE
+        # The operator has named this copy the good one: what barred it is settled.
+        doubts = Flags.FELL_BACK | Flags.SPLIT | Flags.CACHE_LOST | Flags.FAILED
+        yield from node.change(lambda sb: replace(sb, flags=sb.flags & ~doubts))
+        node.fell_back = False
+    yield from become_primary(node, changes, claim=claim)
+
+
+def become_primary(node: Node, changes: dict[str, object], claim: bytes = NO_GENERATION) -> Path:
+    """Store that this node is primary in a new term, then open the gate.
+
+    Raises:
+        RefusedError: a session began meanwhile that this node is not the source of.
+    """
+
+    def edit(sb: Superblock) -> Superblock:
+        if sb.data_state is not DataState.UPTODATE and "data_state" not in changes:
+            raise RefusedError(f"promote: this node became {sb.data_state.name.lower()} meanwhile")
+        flags = sb.flags | Flags.WAS_PRIMARY
+        edited = claimed_edit(sb, claim) if any(claim) else sb
+        if any(claim):
+            flags |= Flags.ALONE
+        return replace(edited, flags=flags, term=sb.term + 1, **changes)  # type: ignore[arg-type]
+
+    yield from node.change(edit)
+    session = node.session
+    if session is not None and not session.sending:
+        node.lose_session(session, "promoted")
+        yield from node.quiesce()
+    node.take_role(Role.PRIMARY)
+
+
+def claimed_edit(sb: Superblock, claim: bytes, record: bytes = NO_GENERATION) -> Superblock:
+    """Reserve `claim`. What becomes of a pending joint generation J is up to the record.
+
+    Where the record holds J (or there is no record) the peer may have taken it: J was mine already
+    and becomes current. Where it does not, part (b) never happened, so nobody has J: it is
+    forgotten. Either way `base` names what the peer may be found with.
+    """
+    if sb.pending_kind is PendingKind.JOINT:
+        joint = sb.pending
+        base = add_base(sb.base, sb.generation, joint)
+        taken = record in (joint, NO_GENERATION)
+        sb = replace(advance_generation(sb, joint) if taken else sb, base=base)
+    return replace(sb, pending=claim, pending_kind=PendingKind.CLAIM)
+
+
+def demote(node: Node) -> Path:
+    """Stop serving: close the gate, let what is in flight end, flush, keep the session."""
+    return (yield from exclusively(node, "demote", demote_now(node)))
+
+
+def demote_now(node: Node) -> Path:
+    """The body of demote."""
+    if node.role is not Role.PRIMARY:
+        return
+    was_frozen = node.frozen or bool(node.failed)
+    node.take_role(Role.NONE)
+    node.answer()
+    if was_frozen:
+        yield from fence_sent(node)
+    if not (yield from node.drain(DRAIN_TIMEOUT_S)):
+        yield from fence_sent(node)
+        yield from node.drain(DRAIN_TIMEOUT_S)
+    node.frozen_reason = ""
+    session = node.sending_session()
+    try:
+        yield from flush_pair(node)
+    except NbdMirrorError as error:
+        node.shell.emit("demote-without-flush", reason=str(error))
+    if session is not None:
+        session.tell(RoleMessage(primary=False, term=node.sb.term))
+        yield (session.link.kick,)
+
+
+def fence_sent(node: Node) -> Path:
+    """Fence what is in flight, but give no buffer back that a queued frame still shows.
+
+    With a live session its frames leave first; where they do not, the session is closed, which
+    drops them.
+    """
+    session = node.sending_session()
+    if session is not None:
+        left = yield (session.link.drain,)
+        if session.live and (left is False or session.outgoing):
+            node.lose_session(session, "stepping back, and the peer does not read")
+    node.fence()
+
+
+def claim(node: Node, record: bytes = NO_GENERATION) -> Path:
+    """Prepare a claim at the arbiter: everything acknowledged is durable, G' is stored as pending.
+
+    `record` is the generation that the record holds: it is read before a claim (rule 11).
+
+    Returns the generation to claim and the generations that the record may hold for it (rule 11).
+
+    Raises:
+        RefusedError: the peer is connected, or this node may not act alone at all.
+    """
+    return (yield from exclusively(node, "claim", claim_now(node, record)))
+
+
+def claim_now(node: Node, record: bytes) -> Path:
+    """The body of claim."""
+    require_claimable(node, record)
+    if node.session is not None and node.session.phase is Phase.SYNCED:
+        raise RefusedError("claim: the peer is connected and in sync; nothing to claim")
+    if node.failed:
+        raise RefusedError(f"claim: this node's disk failed: {node.failed}")
+    if node.session is not None:
+        node.lose_session(node.session, "a claim begins")
+    if not node.right and node.role is not Role.PRIMARY:
+        state = state_message(node)
+        view = node_view(state, node.sb.mirror_id, node.sb.node_id)
+        refusal = promotable(view, False, node.arbiter_has_memory)
+        if refusal is not None:
+            raise RefusedError(f"claim: {refusal.reason}")
+    node.last_session = None
+    yield from node.quiesce()
+    yield from node.sync()
+    holds = record_may_hold(node)
+    if node.right:
+        held = node.sb.pending if any(node.sb.pending) else node.sb.generation
+        return {"generation": held, "record_holds": holds}
+    fresh = node.shell.random_bytes(16)
+    if not claim_unsettled(node):
+
+        def reserve(sb: Superblock) -> Superblock:
+            require_uptodate(sb, "claim")
+            return claimed_edit(sb, fresh, record)
+
+        yield from node.change(reserve)
+    return {"generation": node.sb.pending, "record_holds": holds}
+
+
+def require_claimable(node: Node, record: bytes) -> None:
+    """Nothing is stored for a claim that the record already answers with no.
+
+    A record that moved on may have moved on *from* a pending joint generation: forgetting that one
+    would make the peer's line look like a split brain.
+
+    Raises:
+        RefusedError: the record was not read, or names what this node may not claim from. Whoever
+            commands takes it for a lost claim.
+    """
+    if not node.arbiter_has_memory or node.right:
+        return
+    if record == NO_GENERATION:
+        raise RefusedError("claim: say what the record holds: it is read before a claim")
+    if record not in (*record_may_hold(node), node.sb.pending):
+        raise RefusedError(
+            f"claim: lost already: the record names {record.hex()}, from which this node may not "
+            "go on; demote it and let it meet its peer"
+        )
+
+
+def require_uptodate(sb: Superblock, what: str) -> None:
+    """Rule 14, asked again at the moment of storing: a store under way may have changed it.
+
+    Raises:
+        RefusedError: this copy became a target meanwhile.
+    """
+    if sb.data_state is not DataState.UPTODATE:
+        raise RefusedError(f"{what}: this node became {sb.data_state.name.lower()} meanwhile")
+
+
+def record_may_hold(node: Node) -> list[bytes]:
+    """The generations from which this node may claim (rule 11)."""
+    holds = [node.sb.generation]
+    if node.sb.pending_kind is PendingKind.JOINT:
+        holds.append(node.sb.pending)
+    if node.sb.flags & Flags.PEER_OUTDATED:
+        holds.extend(node.sb.base)
+    return holds
+
+
+def claimed(node: Node, generation: bytes, *, won: bool) -> Path:
+    """The claim is settled: by a clear yes, or by a linearizable read of the record."""
+    return (yield from exclusively(node, "claimed", claimed_now(node, generation, won=won)))
+
+
+def claimed_now(node: Node, generation: bytes, *, won: bool) -> Path:
+    """The body of claimed."""
+    if node.sb.pending_kind is not PendingKind.CLAIM or node.sb.pending != generation:
+        raise RefusedError(f"claimed: {generation.hex()} is not the pending claim of this node")
+    if not won:
+        yield from node.change(
+            lambda sb: replace(sb, pending=NO_GENERATION, pending_kind=PendingKind.NONE)
+        )
+        if node.role is Role.PRIMARY:
+            yield from demote_now(node)
+        return
+    yield from node.change(lambda sb: replace(sb, flags=sb.flags | Flags.ALONE))
+    if node.role is Role.PRIMARY and node.sending_session() is None:
+        node.go_on_alone()
+
+
+def alone(node: Node) -> Path:
+    """Answer a freeze: go on without the peer. Only where no arbiter with a memory has to agree.
+
+    Raises:
+        RefusedError: not primary, the peer is connected, or the arbiter decides.
+    """
+    return (yield from exclusively(node, "alone", alone_now(node)))
+
+
+def alone_now(node: Node) -> Path:
+    """The body of alone: rule 10 (flush first), then the right and its generation, then the
+    replies.
+    """
+    if node.role is not Role.PRIMARY:
+        raise RefusedError(f"alone: this node is {node.role.value}; promote it instead")
+    if node.right:
+        return
+    if node.arbiter_has_memory:
+        raise RefusedError("alone: the arbiter decides; use claim and claimed")
+    if node.failed:
+        raise RefusedError(f"alone: this node's disk failed: {node.failed}; demote it")
+    session = node.session
+    if session is not None:
+        if session.phase is Phase.SYNCED:
+            raise RefusedError("alone: the peer is connected and in sync")
+        node.lose_session(session, "going on alone")
+    yield from node.sync()
+    fresh = node.shell.random_bytes(16)
+    yield from node.change(
+        lambda sb: replace(claimed_edit(sb, fresh), flags=sb.flags | Flags.ALONE)
+    )
+    begun = node.session
+    if begun is not None:
+        node.lose_session(begun, "going on alone")
+    node.go_on_alone()
+
+
+def recorded(node: Node, generation: bytes) -> None:
+    """Part (b) of the joint step is done: the record holds (J, no owner)."""
+    if node.sb.pending_kind is not PendingKind.JOINT or node.sb.pending != generation:
+        raise RefusedError(f"recorded: {generation.hex()} is not the pending joint generation")
+    node.recorded = generation
+    node.answer()
+
+
+def accept_peer(node: Node) -> Path:
+    """Forget the peer's identity and what was seen from it: the next one with the key is taken.
+
+    Raises:
+        RefusedError: another change of role is under way.
+    """
+    return (yield from exclusively(node, "accept peer", accept_peer_now(node)))
+
+
+def accept_peer_now(node: Node) -> Path:
+    """The body of accept_peer. The log's own memory of the peer's number goes first."""
+    node.log.peer_txn = 0
+    node.log.version += 1
+    yield from node.commit(node.log.version)
+    yield from node.change(lambda sb: replace(sb, peer_uuid=NO_GENERATION, peer_txn=0))
+
+
+def drain(node: Node) -> Path:
+    """Wait until nothing is in flight and everything is durable on every connected node."""
+    if not (yield from node.drain(DRAIN_TIMEOUT_S)):
+        raise RefusedError("drain: requests keep coming; stop the clients first")
+    yield from flush_pair(node)
+
+
+def resync_full(node: Node) -> Path:
+    """Compare everything with the peer, starting with the next contact.
+
+    Raises:
+        RefusedError: this node would not be the source.
+    """
+    session = node.session
+    if node.role is not Role.PRIMARY and not (session is not None and session.sending):
+        raise RefusedError("resync: only the primary (or the source) can start it")
+    node.dirty.mark_all(suspect=True)
+    yield from node.save_pages(node.dirty.unsaved_pages())
+    if session is not None:
+        node.lose_session(session, "a full comparison was asked for", ask=False)
+        # Else the next contact would resume, and compare nothing.
+        node.forget_peer_after_loss(session)
+
+
+def discard(node: Node) -> Path:
+    """Declare this node's data worthless: it becomes blank and the peer's copy replaces all of it.
+
+    Raises:
+        RefusedError: it is primary. Whether the peer has a good copy is for the operator to know.
+    """
+    return (yield from exclusively(node, "discard", discard_now(node)))
+
+
+def discard_now(node: Node) -> Path:
+    """The body of discard."""
+    if node.role is Role.PRIMARY:
+        raise RefusedError("discard: this node is primary; demote it first")
+    session: Session | None = node.session
+    if session is not None:
+        node.lose_session(session, "the local data was discarded")
+    yield from node.quiesce()
+    yield from node.change(
+        lambda sb: replace(
+            sb,
+            data_state=DataState.BLANK,
+            generation=NO_GENERATION,
+            base=(),
+            pending=NO_GENERATION,
+            pending_kind=PendingKind.NONE,
+            # What a failed sync left behind stays unbelievable (rule 5).
+            flags=sb.flags & (Flags.SPARSE | Flags.FAILED),
+        )
+    )
+
+
+def stop(node: Node) -> Path:
+    """Leave in order: hand over by question if the peer stays, flush, mark the stop as clean."""
+    yield from node.wait_to_change("stop")
+    try:
+        yield from stop_now(node)
+    finally:
+        node.end_change()
+
+
+def stop_now(node: Node) -> Path:
+    """The body of stop. The process ends afterwards, whatever happens here."""
+    yield from demote_now(node)
+    session = node.session
+    left = False
+    if session is not None and session.phase is Phase.SYNCED and not node.failed:
+        left = yield from ask_to_leave(node, session)
+    node.stopping = True
+    if node.session is not None:
+        node.lose_session(node.session, "left" if left else "stopped")
+    node.fence()
+    yield from node.quiesce()
+    node.forget_peer()
+    if node.failed:
+        return
+    yield from node.sync()
+    yield from node.save_pages(node.dirty.stale_pages())
+    if node.log.hot:
+        node.log.drop(list(node.log.hot))
+        yield from node.commit(node.log.version)
+    yield from node.change(lambda sb: replace(sb, flags=sb.flags | Flags.CLEAN))
+
+
+def step_back(node: Node) -> Path:
+    """Rule 5: the local disk failed under a primary whose peer is up to date: hand over to it."""
+    return (yield from exclusively(node, "step back", step_back_now(node)))
+
+
+def step_back_now(node: Node) -> Path:
+    """The body of step_back. If the metadata cannot be written, the survivor's generation marks
+    it.
+    """
+    if node.role is Role.PRIMARY:
+        node.take_role(Role.NONE)
+        node.answer()
+        yield from fence_sent(node)
+        yield from node.drain(DRAIN_TIMEOUT_S)
+    session = node.session
+    if session is None:
+        return
+    try:
+        yield from ask_to_leave(node, session)
+    except NbdMirrorError as error:
+        node.shell.emit("leave", stays=False, reason=str(error))
+    node.lose_session(session, f"the local disk failed: {node.failed}")

@@ -1,0 +1,213 @@
+"""What happens by the clock: echoes, deadlines, the background flush, and tidying when idle.
+
+`Upkeep.tick` is called every few hundred milliseconds with the engine's monotonic time and returns
+at once; what takes time is spawned. No clock decides about writes: a deadline only ends a session.
+"""
+
+from nbdmirror.core.io import background_flush
+from nbdmirror.core.node import Node, Role
+from nbdmirror.core.ports import Path
+from nbdmirror.core.roles import step_back
+from nbdmirror.core.session import EMPTY, Phase, Session
+from nbdmirror.core.wire import FrameType
+from nbdmirror.errors import NbdMirrorError
+from nbdmirror.limits import KEEPALIVE_MS, SILENCE_MS
+
+FLUSH_DEADLINE_FACTOR = 5
+LOCAL_IO_FACTOR = 5
+PROGRESS_MS = 1_000
+TIDY_MS = 5_000
+HOT_REGIONS_KEPT_COUNT = 32
+
+
+class Upkeep:
+    """The timers of one engine."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.last_ms: int | None = None
+        self.session: Session | None = None
+        self.acked_mark = (0, 0)
+        self.flushed_mark = (0, 0)
+        self.echo_sent_ms = 0
+        self.echo_number = 0
+        self.heard_ms = 0
+        self.flush_ms = 0
+        self.flushed_seq = 0
+        self.tidy_ms = 0
+        self.idle_seq = 0
+        self.frozen_ms = 0
+        self.failed_ms: int | None = None
+        self.local_mark = (0, 0)
+        self.progress_mark = (0, 0)
+
+    def tick(self, now_ms: int) -> None:
+        """Do what is due at `now_ms`."""
+        node = self.node
+        session = node.session
+        gap = 0 if self.last_ms is None else now_ms - self.last_ms
+        self.last_ms = now_ms
+        if session is not self.session or gap > SILENCE_MS // 2:
+            # A new session, or this process was not running: count anew (rule 18).
+            self.restart(session, now_ms)
+        if session is not None:
+            self.deadlines(session, now_ms)
+            self.echo(session, now_ms)
+        self.flush(now_ms)
+        self.ask(now_ms)
+        self.local_io(now_ms)
+        self.failure(now_ms)
+        self.progress(now_ms)
+        if now_ms - self.tidy_ms >= TIDY_MS:
+            self.tidy_ms = now_ms
+            node.shell.spawn("tidy", tidy(node, self.idle_seq))
+            self.idle_seq = node.seq if node.right and session is None else node.stable_seq
+
+    def restart(self, session: Session | None, now_ms: int) -> None:
+        """Forget what was measured before."""
+        self.session = session
+        self.acked_mark = self.flushed_mark = (-1, now_ms)
+        self.heard_ms = now_ms
+        self.echo_sent_ms = 0
+
+    def deadlines(self, session: Session, now_ms: int) -> None:
+        """A peer that does not acknowledge, flush or echo in time is lost, whatever it says."""
+        timeout = self.node.ack_timeout_ms
+        if session.heard:
+            session.heard = False
+            self.heard_ms = now_ms
+        idle = not session.window and not session.resync_window
+        if idle or self.acked_mark[0] != session.acked_seq:
+            self.acked_mark = (session.acked_seq, now_ms)
+        if not session.awaiting_flush or self.flushed_mark[0] != session.peer_flushed_seq:
+            self.flushed_mark = (session.peer_flushed_seq, now_ms)
+        if now_ms - self.acked_mark[1] > timeout:
+            self.lose(session, f"no acknowledgement for {timeout} ms")
+        elif now_ms - self.flushed_mark[1] > timeout * FLUSH_DEADLINE_FACTOR:
+            self.lose(session, f"no flush within {timeout * FLUSH_DEADLINE_FACTOR} ms")
+        elif now_ms - self.heard_ms > timeout:
+            self.lose(session, f"no echo for {timeout} ms")
+
+    def lose(self, session: Session, reason: str) -> None:
+        """End a session for a deadline."""
+        self.node.lose_session(session, reason)
+        self.session = None
+
+    def echo(self, session: Session, now_ms: int) -> None:
+        """Ask for a sign of life, and tell the last durable intent transaction with it."""
+        if session.live and now_ms - self.echo_sent_ms >= KEEPALIVE_MS:
+            self.echo_sent_ms = now_ms
+            self.echo_number += 1
+            session.queue(FrameType.ECHO_REQUEST, 0, self.echo_number, 0, self.node.log.txn, EMPTY)
+            self.node.shell.spawn("echo", kick(session))
+
+    def flush(self, now_ms: int) -> None:
+        """The background flush of both nodes, or of this one when it is alone."""
+        node = self.node
+        if now_ms - self.flush_ms < node.settings.flush_interval_ms or node.background_flush:
+            return
+        sending = node.sending_session() is not None
+        due = bool(node.unflushed) if sending else node.right and node.seq > self.flushed_seq
+        if due and not node.frozen:
+            self.flush_ms = now_ms
+            self.flushed_seq = node.seq
+            node.shell.spawn("background-flush", background_flush(node))
+
+    def ask(self, now_ms: int) -> None:
+        """A freeze that nobody was asked about becomes a question when it lasts."""
+        node = self.node
+        if not node.frozen:
+            self.frozen_ms = now_ms
+            node.held = False
+            return
+        if not node.question and now_ms - self.frozen_ms > SILENCE_MS:
+            node.ask("frozen")
+        if not node.held and now_ms - self.frozen_ms > node.settings.freeze_limit_ms:
+            # Who takes over is the operator's decision here, so the bound ends in a hold.
+            node.held = True
+            node.shell.emit("held", reason=node.frozen_reason)
+
+    def local_io(self, now_ms: int) -> None:
+        """Rule 8: I/O that does not return is the loss of that side, where another side is."""
+        node = self.node
+        session = node.session
+        seq = oldest_local(node)
+        if seq == 0 or seq != self.local_mark[0]:
+            self.local_mark = (seq, now_ms)
+        elif session is not None and session.sending and session.phase is Phase.SYNCED:
+            limit_ms = node.ack_timeout_ms * LOCAL_IO_FACTOR
+            if now_ms - self.local_mark[1] > limit_ms:
+                node.note_failure(f"a local write has not returned for {limit_ms} ms", lost=False)
+
+    def progress(self, now_ms: int) -> None:
+        """The speed of a resync, for display."""
+        resync = self.node.resync
+        if not resync:
+            self.progress_mark = (0, now_ms)
+            return
+        began, since_ms = self.progress_mark
+        examined = resync["examined_bytes"]
+        if examined < began:
+            self.progress_mark = (examined, now_ms)  # another one began
+        elif now_ms - since_ms >= PROGRESS_MS:
+            resync["bytes_per_s"] = (examined - began) * 1000 // (now_ms - since_ms)
+            self.progress_mark = (examined, now_ms)
+
+    def failure(self, now_ms: int) -> None:
+        """Record a failure of this copy, best effort, and hand over where a peer can serve."""
+        node = self.node
+        if not node.failed:
+            return
+        if self.failed_ms is None:
+            self.failed_ms = now_ms
+            if node.failure_lost:
+                node.shell.spawn("record-failure", node.record_failure())
+        session = node.session
+        if session is not None and now_ms - self.failed_ms > node.ack_timeout_ms * LOCAL_IO_FACTOR:
+            # The metadata lies on the same disk: the survivor's new generation marks this side.
+            self.lose(session, f"the local disk failed: {node.failed}")
+            return
+        synced = session is not None and session.sending and session.phase is Phase.SYNCED
+        if node.role is Role.PRIMARY and synced and not node.changing:
+            node.shell.spawn("step-back", step_back(node))
+
+
+def oldest_local(node: Node) -> int:
+    """The number of the oldest operation whose local leg has not returned, 0 if there is none."""
+    for operation in node.inflight:
+        if not operation.local_done:
+            return operation.seq
+    return 0
+
+
+def kick(session: Session) -> Path:
+    """Put what is queued on the wire."""
+    yield (session.link.kick,)
+
+
+def tidy(node: Node, idle_seq: int) -> Path:
+    """Write pages that were only cleared, let cold regions go, remember the peer's transaction.
+
+    A region is cold when its last write was stable a round ago: it costs a commit to get it back,
+    and as long as it is hot a crash costs a comparison of all of it.
+    """
+    if node.failed or node.stopping:
+        return
+    session = node.sending_session()
+    if session is not None and session.phase is Phase.SYNCED and node.dirty.any():
+        # Rule 13: dirty extents with the peer connected drain by themselves.
+        node.lose_session(session, "dirty extents while in sync: comparing anew", ask=False)
+        node.forget_peer_after_loss(session)
+        return
+    try:
+        yield from node.save_pages(node.dirty.stale_pages()[:256])
+        if len(node.log.hot) > HOT_REGIONS_KEPT_COUNT and not node.frozen:
+            yield from node.evict(idle_seq)
+        # One behind is near enough: two idle nodes would remember each other for ever.
+        unremembered = node.log.peer_txn - node.log.durable_peer_txn
+        if node.log.version > node.log.durable or unremembered > 1:
+            if node.log.version == node.log.durable:
+                node.log.version += 1
+            yield from node.commit(node.log.version)
+    except NbdMirrorError as error:
+        node.shell.emit("tidy-failed", reason=str(error))

@@ -1,0 +1,274 @@
+"""The configuration: what is accepted, and that every mistake is told at once."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nbdmirror.config import KEYS, Config, format_size, load, parse_size
+from nbdmirror.config_schema import Address, parse_address
+from nbdmirror.core.superblock import ArbiterKind
+from nbdmirror.errors import ConfigError
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
+GOOD = """
+mirror = "demo"
+key_file = "{key}"
+arbiter = "none"
+[node.alpha]
+id = 1
+address = "10.1.0.1:7789"
+[node.beta]
+id = 2
+address = "[fd00::2]:7789"
+"""
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> Path:
+    """A key file as it should be."""
+    path = tmp_path / "key"
+    path.write_bytes(b"k" * 32)
+    path.chmod(0o600)
+    return path
+
+
+def write(key: Path, text: str = GOOD) -> Path:
+    """A configuration file beside the key."""
+    path = key.parent / "demo.toml"
+    path.write_text(text.replace("{key}", str(key)))
+    return path
+
+
+def mistakes(key: Path, text: str, node: str = "alpha") -> list[str]:
+    """The lines of the report, without its headline."""
+    with pytest.raises(ConfigError) as caught:
+        load(write(key, text), node)
+    return str(caught.value).split("\n- ")[1:]
+
+
+def test_the_smallest_file_gets_every_default(key: Path) -> None:
+    """If this fails, the configuration of the documentation does not start a mirror."""
+    config = load(write(key), "alpha")
+    assert (config.mirror, config.arbiter, config.key) == ("demo", ArbiterKind.NONE, b"k" * 32)
+    assert (config.me.name, config.me.id, config.peer.name, config.peer.id) == (
+        *("alpha", 1),
+        *("beta", 2),
+    )
+    assert config.peer.address == Address("fd00::2", 7789)
+    assert config.data_file == Path("/var/lib/nbdmirror/demo/data")
+    assert config.metadata_file == Path("/var/lib/nbdmirror/demo/meta")
+    assert config.control_socket == Path("/run/nbdmirror/demo/engine.sock")
+    assert (config.export_unix, config.export_tcp) == (Path("/run/nbdmirror/demo/nbd.sock"), None)
+    assert (config.device.extent, config.device.region) == (4096, 4 << 20)
+    assert (config.engine.on_freeze, config.engine.resync_rate) == ("ask", 0)
+
+
+def test_each_node_sees_itself(key: Path) -> None:
+    """If this fails, a node dials itself, or both use the paths of one."""
+    text = GOOD + 'data_dir = "/srv/beta"\nrun_dir = "/run/beta"\n[paths]\ndata_dir = "/srv/all"\n'
+    alpha, beta = (load(write(key, text), name) for name in ("alpha", "beta"))
+    assert (alpha.me, alpha.peer) == (beta.peer, beta.me)
+    assert alpha.data_file == Path("/srv/all/data")
+    assert beta.data_file == Path("/srv/beta/data")
+    assert beta.export_unix == Path("/run/beta/nbd.sock")
+
+
+def test_the_key_is_never_shown(key: Path) -> None:
+    """If this fails, the shared secret ends up in a log."""
+    assert "kkkk" not in repr(load(write(key), "alpha"))
+    key.write_bytes(b"k" * 31)
+    assert "kkkk" not in " ".join(mistakes(key, GOOD))
+
+
+def test_a_client_needs_no_key(key: Path) -> None:
+    """If this fails, asking for the state needs the right to read the secret."""
+    path = write(key)
+    key.unlink()
+    assert load(path, "alpha", with_key=False).key == b""
+
+
+def test_the_host_name_chooses_the_node(key: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, a node started without --node takes the part of the other one."""
+    for host in ("Beta", "beta.example.net"):
+        monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
+        assert load(write(key)).me.name == "beta"
+    monkeypatch.setattr(socket, "gethostname", lambda: "gamma")
+    with pytest.raises(ConfigError, match=r"no table \[node.gamma\].*alpha, beta.*--node"):
+        load(write(key))
+
+
+def test_every_mistake_is_in_one_report(key: Path) -> None:
+    """If this fails, an operator finds the second mistake only after the next restart."""
+    text = """
+mirror = "Demo"
+key_file = "{key}"
+colour = "red"
+[node.alpha]
+id = 0
+address = "db1:7789"
+[node.beta]
+id = 0
+adress = "10.1.0.2:7789"
+data_dir = "here"
+[device]
+extent = "5KiB"
+[engine]
+threads = true
+resync_rate = "1KiB"
+on_freeze = "never"
+flush_bytes = "64MB"
+freeze_limit_ms = 1600
+[export]
+tcp = "127.0.0.1"
+"""
+    key.chmod(0o640)
+    found = mistakes(key, text)
+    expected = [
+        "mirror = 'Demo': not a name",
+        "arbiter: is not set",
+        "node.alpha.id = 0:",
+        "node.alpha.address = 'db1:7789': host names are not looked up",
+        "node.beta.id = 0:",
+        "node.beta.address: is not set",
+        "node.beta.data_dir = 'here':",
+        "node.beta.adress: unknown key; did you mean address?",
+        "device.extent = '5KiB': not a power of two; expected 4KiB to 1MiB",
+        "engine.threads = True:",
+        "engine.flush_bytes = '64MB':",
+        "engine.resync_rate = '1KiB': slower than one resync block",
+        "engine.freeze_limit_ms = 1600: a freeze would end before it begins",
+        "engine.on_freeze = 'never':",
+        "export.tcp = '127.0.0.1': the port is missing",
+        "colour: unknown key; known here: mirror, key_file, arbiter, node, device",
+        "node: both have id = 0",
+        f'key_file = "{key}": its mode is 0640, expected 0600 or 0400',
+    ]
+    missing = [each for each in expected if not any(line.startswith(each) for line in found)]
+    assert not missing, found
+    assert len(found) == len(expected), found
+
+
+@pytest.mark.parametrize("line", ["", 'arbiter = "etcd"\n', 'arbiter = "s3"\n', "arbiter = 3\n"])
+def test_the_arbiter_is_explained_not_chosen(key: Path, line: str) -> None:
+    """If this fails, somebody runs without protection from split brain and does not know it."""
+    (found,) = mistakes(key, GOOD.replace('arbiter = "none"\n', line))
+    assert found.startswith("arbiter")
+    for word in ('"none"', '"ping"', '"etcd"', '"s3"', '"azure-blob"', "Only", "promise (c)"):
+        assert word in found
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (('"10.1.0.1:7789"', '"[fd00::2]:7789"'), "both have address"),
+        (('"10.1.0.1:7789"', '"0.0.0.0:7789"'), "the other node dials"),
+        (('"10.1.0.1:7789"', '"10.1.0.1:0"'), "a port is"),
+        (('"10.1.0.1:7789"', '"10.1.0.1:65536"'), "a port is"),
+        (('"[fd00::2]:7789"', '"fd00::2:7789"'), "brackets"),
+        (("id = 2", "id = 256"), "expected 1 to 255"),
+        (("id = 2", 'id = "2"'), "expected 1 to 255"),
+        (("[node.beta]", '[node."Be ta"]'), "not a node's name"),
+        (('"{key}"', '"relative"'), "begins with /"),
+        (('"[fd00::2]:7789"', '"[fd00::2]:7789"\n[export]\ntcp="127.0.0.1:7789"'), "another port"),
+        (('"[fd00::2]:7789"', f'"[fd00::2]:7789"\n[export]\nunix="/{"x" * 107}"'), "no longer"),
+    ],
+)
+def test_each_wrong_value_is_refused(key: Path, change: tuple[str, str], part: str) -> None:
+    """If this fails, a typing error becomes a mirror that cannot meet its peer."""
+    found = mistakes(key, GOOD.replace(*change))
+    assert any(part in line for line in found), found
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_there_are_two_nodes(key: Path, count: int) -> None:
+    """If this fails, a third node is silently left out, or one node waits for nobody."""
+    head = GOOD.partition("[node.alpha]")[0]
+    tables = "".join(
+        f'[node.n{n}]\nid = {n + 1}\naddress = "10.1.0.{n + 1}:7789"\n' for n in range(count)
+    )
+    found = mistakes(key, head + tables, "n0")
+    assert any("exactly two" in line for line in found), found
+
+
+def test_what_is_no_toml_names_the_line(key: Path) -> None:
+    """If this fails, a forgotten quote is a riddle."""
+    with pytest.raises(ConfigError, match="line 3, column"):
+        load(write(key, '\nmirror = "demo"\nkey_file = \n'), "alpha")
+    path = write(key)
+    path.write_bytes(b"mirror = '\xff'")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load(path, "alpha")
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        load(key.parent / "missing.toml", "alpha")
+
+
+def test_a_weak_key_is_refused(key: Path) -> None:
+    """If this fails, anybody on the network, or any user of the host, can join the mirror."""
+    for content, mode, part in (
+        (b"k" * 31, 0o600, "length"),
+        (b"k" * 4097, 0o600, "length"),
+        (b"k" * 32, 0o604, "mode is 0604"),
+        (b"k" * 32, 0o700, "mode is 0700"),
+    ):
+        key.write_bytes(content)
+        key.chmod(mode)
+        (found,) = mistakes(key, GOOD)
+        assert part in found
+    key.unlink()
+    (found,) = mistakes(key, GOOD)
+    assert "ENOENT" in found
+    assert "head -c 32" in found
+    (key.parent / "real").write_bytes(b"k" * 32)
+    key.symlink_to("real")
+    (found,) = mistakes(key, GOOD)
+    assert "symbolic link" in found
+
+
+def test_a_key_of_another_user_is_refused(key: Path, require_root: None) -> None:
+    """If this fails, another user of the host chooses the key."""
+    os.chown(key, 12345, 12345)
+    (found,) = mistakes(key, GOOD)
+    assert "belongs to user 12345" in found
+
+
+@given(st.integers(0, 2**50))
+def test_sizes_read_back(size: int) -> None:
+    """If this fails, `config show` prints a size that means another one in the file."""
+    text = format_size(size)
+    assert parse_size(int(text) if text.isdecimal() else text) == size
+
+
+@pytest.mark.parametrize("text", ["", "4KB", "-1KiB", "1.5GiB", "KiB", "9" * 21, True, None, 1.0])
+def test_a_wrong_size_is_no_size(text: object) -> None:
+    """If this fails, "4KB" means what its writer did not mean."""
+    with pytest.raises(ValueError, match="a size is"):
+        parse_size(text)
+
+
+@given(st.ip_addresses(), st.integers(1, 65_535))
+def test_addresses_read_back(ip: object, port: int) -> None:
+    """If this fails, an IPv6 address that is printed cannot be written into the file."""
+    address = Address(str(ip), port)
+    assert parse_address(str(address)) == address
+
+
+def test_the_documentation_lists_every_key() -> None:
+    """If this fails, operators configure by a table that is not what the program does."""
+    lines = DOCUMENT.read_text(encoding="utf-8").splitlines()
+    documented = [line for line in lines if line.startswith("| `") and line.count("|") == 6]
+    documented = [line for line in documented if line.split("`")[1] not in {"none", "ping"}]
+    assert documented == [
+        f"| `{info.key}` | {info.default} | {info.unit} | {info.expected} | {info.meaning} |"
+        for info in KEYS.values()
+    ]
+
+
+def test_the_example_of_the_documentation_is_right(key: Path) -> None:
+    """If this fails, the first thing that an operator copies is refused."""
+    text = DOCUMENT.read_text(encoding="utf-8").partition("```toml\n")[2].partition("```")[0]
+    config = load(write(key, text.replace("/etc/nbdmirror/demo.key", "{key}")), "alpha")
+    assert isinstance(config, Config)
