@@ -1,0 +1,299 @@
+"""What an operator does to the files of a mirror while no engine runs: create, show, check.
+
+Owns: the first superblock of a node, and the reading of its files for human eyes. Must never:
+repair, overwrite an existing file, leave half a creation behind, or change a file that an engine
+holds.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from blake3 import blake3
+
+from nbdmirror.config import Config
+from nbdmirror.core.dirtymap import DirtyMap
+from nbdmirror.core.geometry import Geometry
+from nbdmirror.core.intentlog import IntentLog
+from nbdmirror.core.superblock import (
+    ID_BYTES,
+    NO_ID,
+    DataState,
+    Flags,
+    Superblock,
+    choose,
+    decode,
+    log_generations,
+)
+from nbdmirror.errors import ConfigError, MetadataError, RefusedError
+from nbdmirror.files import store_error, sync_directory
+from nbdmirror.metastore import FileMetaStore, holder
+from nbdmirror.metastore import create as create_metadata
+from nbdmirror.store import FileStore
+
+MIRROR_ID_CONTEXT: Final = "nbdmirror 2026 mirror id"
+DIRECTORY_MODE: Final = 0o700
+
+
+def derive_mirror_id(key: bytes, mirror: str) -> bytes:
+    """16 bytes that both nodes of a mirror agree on without an exchange, and nobody else has."""
+    assert key, "the configuration was loaded with its key"
+    return blake3(key + mirror.encode("ascii"), derive_key_context=MIRROR_ID_CONTEXT).digest(
+        ID_BYTES
+    )
+
+
+def first_superblock(config: Config, size: int, *, join: bool, zeroed: bool) -> Superblock:
+    """What a node knows at birth.
+
+    The creator has a generation of its own and is ALONE; the one that joins is blank. Both are
+    CLEAN: everything is synced before the superblock exists. The sparse flag is the caller's.
+    """
+    flags = Flags.CLEAN | (Flags.ZEROED if zeroed else Flags(0))
+    return Superblock(
+        mirror_id=derive_mirror_id(config.key, config.mirror),
+        mirror_name=config.mirror,
+        node_id=config.me.id,
+        node_uuid=os.urandom(ID_BYTES),
+        device_bytes=size,
+        extent_bytes=config.device.extent,
+        region_bytes=config.device.region,
+        map_id=os.urandom(ID_BYTES),
+        arbiter=config.arbiter,
+        generation=NO_ID if join else os.urandom(ID_BYTES),
+        data_state=DataState.BLANK if join else DataState.UPTODATE,
+        flags=flags if join else flags | Flags.ALONE,
+        sequence=1,
+    )
+
+
+def create(
+    config: Config, size: int | None, *, join: bool, adopt: bool, sparse: bool
+) -> Superblock:
+    """Make the data and the metadata file of this node; all of it, or nothing.
+
+    `size` is that of the device in bytes; None, only with `adopt`: that of the existing data file.
+    `join`: the other node is the source, whatever this one holds is overwritten by its data.
+    `adopt`: the data file exists and its content is kept. `sparse`: reserve no space.
+
+    Raises:
+        ConfigError: no size, or one that the format cannot describe.
+        RefusedError: a file that would have to be overwritten is there.
+        MetadataError: the adopted file is missing or smaller than the device.
+        StoreError: the system refuses; OutOfSpaceError when the space cannot be reserved.
+    """
+    data, meta = config.data_file, config.metadata_file
+    if os.path.lexists(meta):
+        raise RefusedError(
+            f"{meta} exists and is not overwritten: this node has a mirror already; "
+            "look at it with `nbdmirror metadata show`"
+        )
+    if size is None:
+        size = _size_to_adopt(data, adopt=adopt)
+    try:
+        superblock = first_superblock(config, size, join=join, zeroed=not adopt)
+    except MetadataError as error:
+        raise ConfigError(f"this device cannot be made: {error}") from error
+    if sparse:
+        superblock = replace(superblock, flags=superblock.flags | Flags.SPARSE)
+    undo: list[Callable[[], None]] = []
+    try:
+        _make_directory(config.me.data_dir, undo)
+        make = FileStore.adopt if adopt else FileStore.create
+        store = make(data, size, sparse=sparse)
+        if not adopt:
+            undo.append(data.unlink)
+        store.close()
+        create_metadata(meta, superblock, superblock.geometry())
+    except BaseException:
+        for step in reversed(undo):
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                step()
+        raise
+    return superblock
+
+
+def _size_to_adopt(data: Path, *, adopt: bool) -> int:
+    if not adopt:
+        raise ConfigError("the size of the device is not given; only an adopted file has one")
+    try:
+        return data.stat().st_size
+    except OSError as error:
+        raise MetadataError(
+            f"{data} cannot be adopted ({error.strerror}): put the file with the data there first"
+        ) from error
+
+
+def _make_directory(directory: Path, undo: list[Callable[[], None]]) -> None:
+    """Make the data directory and what is missing above it, durably."""
+    missing = [each for each in (directory, *directory.parents) if not each.exists()]
+    try:
+        for each in reversed(missing):
+            each.mkdir(mode=DIRECTORY_MODE)
+            undo.append(each.rmdir)
+            sync_directory(each.parent)
+    except OSError as error:
+        raise store_error(error, f"make {directory}") from error
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is not as it should be, and what that means for the mirror."""
+
+    part: str
+    problem: str
+    meaning: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What `check` found. Nothing was changed."""
+
+    path: Path
+    findings: tuple[Finding, ...]
+    facts: dict[str, Any]
+
+    @property
+    def damaged(self) -> bool:
+        """Whether an operator should look at it."""
+        return bool(self.findings)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "path": str(self.path),
+            "damaged": self.damaged,
+            "findings": [asdict(finding) for finding in self.findings],
+            "facts": self.facts,
+        }
+
+
+def superblock_facts(sb: Superblock) -> dict[str, Any]:
+    """The fields of a superblock for JSON: ids in hex ("" = none), enums and flags by name."""
+    facts: dict[str, Any] = {}
+    for name, value in asdict(sb).items():
+        if isinstance(value, bytes):
+            facts[name] = value.hex() if any(value) else ""
+        elif isinstance(value, tuple):
+            facts[name] = [each.hex() for each in value]
+        elif isinstance(value, Flags):
+            facts[name] = [str(flag.name).lower().replace("_", "-") for flag in value]
+        elif name in {"data_state", "pending_kind", "arbiter"}:
+            facts[name] = value.name.lower().replace("_", "-")
+        else:
+            facts[name] = value
+    return facts
+
+
+def show(path: Path) -> dict[str, Any]:
+    """What the metadata file says, for JSON. While an engine runs it is behind the engine.
+
+    Raises:
+        MetadataError: there is none, or no slot can be trusted.
+        RefusedError, StoreError: it is not a plain file, or cannot be read.
+    """
+    meta = FileMetaStore.open_to_read(path, locked=False)
+    try:
+        chosen = choose(*meta.read_slots())
+        findings, counts = _look_at_log_and_map(meta, chosen.superblock)
+        return {
+            "path": str(path),
+            "held_by_pid": holder(meta.fileno()),
+            "slot": chosen.slot,
+            "fell_back": chosen.fell_back,
+            "notes": [*chosen.notes, *(f"{each.part}: {each.problem}" for each in findings)],
+            **superblock_facts(chosen.superblock),
+            **counts,
+        }
+    finally:
+        meta.close()
+
+
+def check(path: Path) -> Report:
+    """Decode all of the metadata and look for the data file beside it; repair nothing.
+
+    Raises:
+        RefusedError: an engine holds it, or it is not a plain file.
+        StoreError: it cannot be read.
+    """
+    try:
+        meta = FileMetaStore.open_to_read(path, locked=True)
+    except MetadataError as error:
+        lost = "this node does not start, and its peer goes on without it"
+        return Report(path, (Finding("file", str(error), lost),), {})
+    try:
+        return _checked(path, meta)
+    finally:
+        meta.close()
+
+
+def _checked(path: Path, meta: FileMetaStore) -> Report:
+    slots = meta.read_slots()
+    findings = []
+    for number, block in enumerate(slots):
+        try:
+            decode(block)
+        except MetadataError as error:
+            findings.append(
+                Finding(f"superblock slot {number}", str(error), "one copy of two is lost")
+            )
+    try:
+        chosen = choose(*slots)
+    except MetadataError as error:
+        lost = "what this node knew of itself is lost; it does not start"
+        return Report(path, (*findings, Finding("superblock", str(error), lost)), {})
+    if chosen.fell_back:
+        meaning = "this node is neither promoted nor a source until its peer confirms its state"
+        findings.append(Finding("superblock", "; ".join(chosen.notes), meaning))
+    found, counts = _look_at_log_and_map(meta, chosen.superblock)
+    findings += found
+    findings += _look_at_data(path.with_name("data"), chosen.superblock)
+    return Report(path, tuple(findings), {**superblock_facts(chosen.superblock), **counts})
+
+
+def _look_at_log_and_map(
+    meta: FileMetaStore, sb: Superblock
+) -> tuple[list[Finding], dict[str, Any]]:
+    geometry = sb.geometry()
+    findings = []
+    log = IntentLog(geometry, sb.map_id)
+    loaded = log.load(meta.read_ring(), log_generations(sb), sb.own_txn)
+    if loaded.damaged:
+        meaning = "every extent counts as dirty: the next resync compares the whole device"
+        findings.append(Finding("intent log", loaded.reason, meaning))
+    dirty = DirtyMap(geometry, sb.map_id)
+    bad = dirty.load(meta.read_map())
+    findings += [_bad_page(geometry, index) for index in bad]
+    return findings, {
+        "dirty_bytes": min(dirty.count * geometry.extent_bytes, geometry.device_bytes),
+        "hot_regions_count": len(loaded.hot),
+        "log_txn": loaded.txn,
+        "damaged_pages_count": len(bad),
+    }
+
+
+def _bad_page(geometry: Geometry, index: int) -> Finding:
+    extents = geometry.extents_of_page(index)
+    offset, end = geometry.bytes_of_extents(extents.start, extents.stop)
+    return Finding(
+        f"dirty map page {index}",
+        "its checksum or its identity is wrong",
+        f"bytes {offset} to {end} count as dirty: the next resync compares them",
+    )
+
+
+def _look_at_data(data: Path, sb: Superblock) -> list[Finding]:
+    lost = "the engine refuses to start until the data file is back"
+    try:
+        size = data.stat().st_size
+    except OSError as error:
+        return [Finding("data", f"{data}: {error.strerror}", lost)]
+    if size < sb.device_bytes:
+        return [Finding("data", f"{data} has {size} of {sb.device_bytes} bytes", lost)]
+    return []

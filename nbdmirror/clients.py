@@ -1,0 +1,73 @@
+"""The NBD clients of this process, as sockets: nbdkit offers no call to disconnect one.
+
+Owns the search for accepted connections among this process's descriptors. Shutting one down makes
+nbdkit close its handle; the descriptor itself stays nbdkit's.
+"""
+
+import contextlib
+import os
+import socket
+import stat
+from typing import Any
+
+LISTEN_FDS_START = 3
+
+
+def listening_addresses() -> list[Any]:
+    """The addresses of the sockets that nbdkit got by activation."""
+    addresses: list[Any] = []
+    for descriptor in _sockets():
+        with _borrowed(descriptor) as sock, contextlib.suppress(OSError):
+            if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                addresses.append((sock.family, sock.getsockname()))
+    return addresses
+
+
+def disconnect_clients(listening: list[Any]) -> int:
+    """Shut down every connection accepted on one of these addresses; returns how many."""
+    count = 0
+    for descriptor in _sockets():
+        with _borrowed(descriptor) as sock:
+            try:
+                if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                    continue
+                if _is_of(sock, listening):
+                    sock.shutdown(socket.SHUT_RDWR)
+                    count += 1
+            except OSError:
+                continue
+    return count
+
+
+def _is_of(sock: socket.socket, listening: list[Any]) -> bool:
+    name = sock.getsockname()
+    for family, address in listening:
+        if sock.family != family or not name:
+            continue
+        if family == socket.AF_UNIX and name == address:
+            return True
+        if family != socket.AF_UNIX and name[1] == address[1]:
+            return True
+    return False
+
+
+def _sockets() -> list[int]:
+    found: list[int] = []
+    for entry in os.listdir("/proc/self/fd"):  # noqa: PTH208 - names, not paths
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(int(entry)).st_mode):
+                found.append(int(entry))
+    return found
+
+
+class _borrowed:  # noqa: N801 - used like a function
+    """A socket object over a descriptor that is not ours to close."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._socket = socket.socket(fileno=os.dup(descriptor))
+
+    def __enter__(self) -> socket.socket:
+        return self._socket
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()

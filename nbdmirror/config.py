@@ -1,0 +1,298 @@
+"""The configuration of one mirror, as one node sees it.
+
+Owns: reading the file (`config_schema` has its keys), what keys must be together, the key file's
+checks, and the one report that lists every mistake at once. Must never: use a default for what only
+the operator can decide (the arbiter), put the key into a message, or look anything up on the
+network: addresses are numbers.
+"""
+
+import difflib
+import os
+import socket
+import stat
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+from nbdmirror.config_schema import (
+    ARBITER_CHOICE,
+    KEYS,
+    NAME_CHARS_MAX,
+    NODE_NAME,
+    SECTIONS,
+    Address,
+    ConfigFile,
+    DeviceSection,
+    EngineSection,
+    format_size,
+    parse_address,
+    parse_size,
+)
+from nbdmirror.core.superblock import ArbiterKind
+from nbdmirror.errors import ConfigError, NbdMirrorError
+from nbdmirror.files import open_regular
+from nbdmirror.limits import KEY_BYTES_MAX, KEY_BYTES_MIN, MIB
+
+__all__ = ["KEYS", "Address", "Config", "Node", "format_size", "load", "parse_size"]
+
+CONFIG_BYTES_MAX: Final = 1 * MIB
+KEY_MODES: Final = (0o600, 0o400)
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One of the two nodes, every default filled in."""
+
+    name: str
+    id: int
+    address: Address
+    data_dir: Path
+    run_dir: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A checked configuration. `key` is the shared secret, never shown; b"" if not asked for."""
+
+    source: Path
+    mirror: str
+    key_file: Path
+    key: bytes = field(repr=False)
+    arbiter: ArbiterKind
+    me: Node
+    peer: Node
+    device: DeviceSection
+    engine: EngineSection
+    export_unix: Path
+    export_tcp: Address | None
+
+    @property
+    def data_file(self) -> Path:
+        """The backing file of this node."""
+        return self.me.data_dir / "data"
+
+    @property
+    def metadata_file(self) -> Path:
+        """The metadata file of this node."""
+        return self.me.data_dir / "meta"
+
+    @property
+    def control_socket(self) -> Path:
+        """Where the engine takes commands."""
+        return self.me.run_dir / "engine.sock"
+
+
+def load(path: Path, node: str | None = None, *, with_key: bool = True) -> Config:
+    """Read and check a configuration; `node` is the name of this node, by default the host's.
+
+    `with_key=False` leaves the key file alone: a client of the control socket needs no secret.
+
+    Raises:
+        ConfigError: its text lists every mistake: key, value, what is expected.
+    """
+    raw = _read_toml(path)
+    problems: list[str] = []
+    parsed: ConfigFile | None = None
+    try:
+        parsed = ConfigFile.model_validate(raw)
+    except ValidationError as error:
+        problems += [_problem(dict(item), raw) for item in error.errors()]
+    problems += _node_problems(raw)
+    problems += _cross_problems(raw)
+    name = _my_name(raw, node, problems)
+    key = b""
+    if with_key and isinstance(raw.get("key_file"), str):
+        try:
+            key = _read_key(Path(raw["key_file"]))
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems or parsed is None:
+        lines = "\n".join(f"- {problem}" for problem in problems)
+        count = len(problems)
+        raise ConfigError(f"{path}: {count} mistake{'s' if count > 1 else ''}\n{lines}")
+    return _build(path, parsed, name, key)
+
+
+def _build(path: Path, parsed: ConfigFile, name: str, key: bytes) -> Config:
+    nodes = {each: _node(parsed, each) for each in parsed.node}
+    me = nodes.pop(name)
+    (peer,) = nodes.values()
+    return Config(
+        source=path,
+        mirror=parsed.mirror,
+        key_file=parsed.key_file,
+        key=key,
+        arbiter=ArbiterKind.NONE,
+        me=me,
+        peer=peer,
+        device=parsed.device,
+        engine=parsed.engine,
+        export_unix=parsed.export.unix or me.run_dir / "nbd.sock",
+        export_tcp=parsed.export.tcp,
+    )
+
+
+def _node(parsed: ConfigFile, name: str) -> Node:
+    section, paths = parsed.node[name], parsed.paths
+    data_dir = section.data_dir or paths.data_dir or Path("/var/lib/nbdmirror", parsed.mirror)
+    run_dir = section.run_dir or paths.run_dir or Path("/run/nbdmirror", parsed.mirror)
+    return Node(name, section.id, section.address, data_dir, run_dir)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            text = file.read(CONFIG_BYTES_MAX + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(text) > CONFIG_BYTES_MAX:
+        raise ConfigError(f"{path}: more than {CONFIG_BYTES_MAX} bytes; this is another file")
+    try:
+        return tomllib.loads(text.decode("utf-8"))
+    except ValueError as error:  # TOMLDecodeError says line and column
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+
+
+def _read_key(path: Path) -> bytes:
+    """The shared key. Raises ConfigError; its text never holds a byte of it."""
+    prefix = f'key_file = "{path}"'
+    try:
+        descriptor = open_regular(path, os.O_RDONLY)
+    except NbdMirrorError as error:
+        raise ConfigError(
+            f"{prefix}: {error}; make it once with `head -c 32 /dev/urandom` under umask 077, "
+            "and copy it to the other node"
+        ) from error
+    try:
+        status = os.fstat(descriptor)
+        key = os.read(descriptor, KEY_BYTES_MAX + 1)
+    except OSError as error:
+        raise ConfigError(f"{prefix}: cannot be read: {error.strerror}") from error
+    finally:
+        os.close(descriptor)
+    mode = stat.S_IMODE(status.st_mode)
+    wrong = []
+    if mode not in KEY_MODES:
+        wrong.append(f"its mode is {mode:04o}, expected 0600 or 0400 (`chmod 0600`)")
+    if status.st_uid not in {0, os.geteuid()}:
+        wrong.append(f"it belongs to user {status.st_uid}, expected root or who runs this")
+    if not KEY_BYTES_MIN <= len(key) <= KEY_BYTES_MAX:
+        wrong.append(f"its length is not within {KEY_BYTES_MIN} to {KEY_BYTES_MAX} bytes")
+    if wrong:
+        raise ConfigError(f"{prefix}: {'; '.join(wrong)}")
+    return key
+
+
+def _lookup(raw: Any, location: tuple[str | int, ...]) -> object:
+    for step in location:
+        if not isinstance(raw, dict) or step not in raw:
+            return None
+        raw = raw[step]
+    return raw
+
+
+def _problem(error: dict[str, Any], raw: dict[str, Any]) -> str:
+    """One line of the report from one of pydantic's findings."""
+    location = tuple(error["loc"])
+    generic = tuple("<name>" if at == 1 and location[0] == "node" else step
+                    for at, step in enumerate(location))  # fmt: skip
+    key, shown = ".".join(map(str, generic)), ".".join(map(str, location))
+    info = KEYS.get(key)
+    if error["type"] == "extra_forbidden":
+        parent = key.rpartition(".")[0]
+        known = [k for k in (*KEYS, *SECTIONS) if k.rpartition(".")[0] == parent]
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = (
+            f"did you mean {near[0].rpartition('.')[2]}?"
+            if near
+            else f"known here: {', '.join(known)}"
+        )
+        return f"{shown}: unknown key; {hint}"
+    if error["type"] == "missing":
+        if key == "arbiter":
+            return f"arbiter: is not set; {ARBITER_CHOICE}"
+        expected = info.expected if info else "exactly two tables [node.<name>]"
+        return f"{shown}: is not set; expected {expected}"
+    why = str(error["msg"]).removeprefix("Value error, ")
+    value = f"{shown} = {_lookup(raw, location)!r}"
+    return f"{value}: {why}; expected {info.expected}" if info else f"{value}: {why}"
+
+
+def _node_problems(raw: dict[str, Any]) -> list[str]:
+    """What the two tables [node.*] must be together; each on its own is the model's matter."""
+    nodes = raw.get("node")
+    if not isinstance(nodes, dict):
+        return []  # the model says so
+    problems = [
+        f"node.{name}: not a node's name; expected 1 to {NAME_CHARS_MAX} of a-z, 0-9, . and -"
+        for name in nodes
+        if not NODE_NAME.fullmatch(name)
+    ]
+    if len(nodes) != 2:
+        names = ", ".join(nodes) or "none"
+        problems.append(f"node: {len(nodes)} tables ({names}); expected exactly two [node.<name>]")
+        return problems
+    first, second = nodes.values()
+    if not (isinstance(first, dict) and isinstance(second, dict)):
+        return problems
+    for key in ("id", "address"):
+        value = first.get(key)
+        if value is not None and value == second.get(key):
+            problems.append(f"node: both have {key} = {value!r}; expected one of its own for each")
+    return problems
+
+
+def _cross_problems(raw: dict[str, Any]) -> list[str]:
+    """What other keys must be together. Looks only at values that are right on their own."""
+    problems = []
+    limit, ack = (_engine_ms(raw, key) for key in ("freeze_limit_ms", "ack_timeout_ms"))
+    if limit < ack:
+        problems.append(
+            f"engine.freeze_limit_ms = {limit}: a freeze would end before it begins; "
+            f"expected at least ack_timeout_ms ({ack})"
+        )
+    tcp = _port(raw, "export", "tcp")
+    nodes = raw.get("node")
+    problems += [
+        f"export.tcp = {_lookup(raw, ('export', 'tcp'))!r}: the port is that of "
+        f"node.{name}.address; expected another port"
+        for name in (nodes if isinstance(nodes, dict) else ())
+        if tcp and tcp == _port(raw, "node", name, "address")
+    ]
+    return problems
+
+
+def _engine_ms(raw: dict[str, Any], key: str) -> int:
+    value = _lookup(raw, ("engine", key))
+    default = EngineSection.model_fields[key].default
+    assert isinstance(default, int), key
+    return value if isinstance(value, int) else default
+
+
+def _port(raw: dict[str, Any], *location: str) -> int:
+    """The port of the address at `location`, 0 if there is no right one."""
+    try:
+        return parse_address(_lookup(raw, location)).port
+    except ValueError:
+        return 0
+
+
+def _my_name(raw: dict[str, Any], node: str | None, problems: list[str]) -> str:
+    """The table of this node; adds to `problems` when there is none."""
+    nodes = raw.get("node")
+    if not isinstance(nodes, dict):
+        return ""  # the model says so
+    host = socket.gethostname().lower()
+    wanted = [node] if node is not None else [host, host.partition(".")[0]]
+    for name in wanted:
+        if name in nodes:
+            return name
+    how = "asked for" if node is not None else "the name of this host"
+    problems.append(
+        f"node: no table [node.{wanted[0]}] ({how}); there are: {', '.join(nodes) or 'none'}; "
+        "name this node with --node"
+    )
+    return ""

@@ -1,0 +1,344 @@
+"""The engine's control socket: JSON lines over a Unix socket, for one controller and any reader.
+
+Owns the commands' names and their arguments, the check of who asks, and the rule that a command
+names the engine instance and the role epoch it was decided under. What a command does is the
+core's; nothing here decides. One controller commands at a time, the newest; readers of state and
+events any number.
+
+Request:  {"id": 1, "command": "promote", "instance": "<hex>", "epoch": 3, "args": {"force":
+false}} Reply:    {"id": 1, "ok": {...}}  or  {"id": 1, "error": {"kind": "...", "reason": "...",
+"remedy": ""}}
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from nbdmirror.core import roles
+from nbdmirror.core.describe import describe
+from nbdmirror.core.node import Node, Role
+from nbdmirror.driver import Driver, Pool
+from nbdmirror.errors import NbdMirrorError, RefusedError, StaleCommandError
+from nbdmirror.events import EventLog
+from nbdmirror.limits import COMMAND_TIMEOUT_MS
+
+LINE_BYTES_MAX: Final = 1024 * 1024
+CONNECTIONS_MAX: Final = 64
+EVENT_POLL_S: Final = 0.05
+EXIT_AFTER_REPLY_S: Final = 0.05
+PEERCRED = struct.Struct("3i")
+SOCKET_MODE: Final = 0o600
+
+
+class Commanded(Protocol):
+    """What a control server needs of the engine it serves."""
+
+    instance: bytes
+    node: Node
+    driver: Driver
+    pool: Pool
+    events: EventLog
+    handles: int
+
+    def hurry(self) -> None:
+        """Try to reach the peer now. From any thread."""
+        ...
+
+    def demote(self) -> None:
+        """Stop serving; blocks until the clients are gone."""
+        ...
+
+    def stop(self) -> None:
+        """Leave in order; blocks."""
+        ...
+
+    def exit(self) -> None:
+        """End the process."""
+        ...
+
+
+class ControlServer:
+    """Serves one engine's commands on the loop's thread; the commands run on worker threads."""
+
+    def __init__(self, engine: Commanded) -> None:
+        self._engine = engine
+        self._commander = 0
+        self._connections = 0
+        self._numbers = 0
+        self._server: asyncio.Server
+        self._commands: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+            "promote": self._promote,
+            "demote": self._demote,
+            "alone": self._alone,
+            "claim": self._claim,
+            "claimed": self._claimed,
+            "recorded": self._recorded,
+            "reconnected": self._reconnected,
+            "resync": self._resync,
+            "drain": self._drain,
+            "discard": self._discard,
+            "accept-peer": self._accept_peer,
+            "stop": self._stop,
+        }
+
+    async def start(self, path: Path) -> None:
+        """Listen. The metadata lock is held, so a socket that is there is a dead engine's."""
+        path.unlink(missing_ok=True)  # noqa: ASYNC240 - once, before anybody is served
+        before = os.umask(0o177)
+        try:
+            self._server = await asyncio.start_unix_server(
+                self._serve, path=str(path), limit=LINE_BYTES_MAX
+            )
+        finally:
+            os.umask(before)
+        path.chmod(SOCKET_MODE)  # noqa: ASYNC240 - once
+        assert self._server.is_serving()
+
+    # --- connections ----------------------------------------------------------------------------
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._numbers += 1
+        number = self._numbers
+        self._connections += 1
+        try:
+            if self._connections > CONNECTIONS_MAX or not may_command(writer):
+                return
+            while line := await reader.readline():
+                if not await self._answer(number, line, writer):
+                    return
+        except (ConnectionError, ValueError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            self._connections -= 1
+            writer.close()
+
+    async def _answer(self, number: int, line: bytes, writer: asyncio.StreamWriter) -> bool:
+        """Answer one request; False ends the connection."""
+        request_id: Any = None
+        command = ""
+        try:
+            request = parse(line)
+            request_id = request.get("id")
+            command = request["command"]
+            if command == "events":
+                await self._events(request, writer)
+                return True
+            reply = {"id": request_id, "ok": await self._run(number, request)}
+        except NbdMirrorError as error:
+            kind = type(error).__name__
+            body = {"kind": kind, "reason": str(error), "remedy": "", "exit_code": error.exit_code}
+            reply = {"id": request_id, "error": body}
+        writer.write(json.dumps(reply).encode() + b"\n")
+        await writer.drain()
+        if command == "stop" and self._engine.node.stopping:
+            # Also after an error on the way: a node that is stopping serves nobody any more.
+            asyncio.get_running_loop().call_later(EXIT_AFTER_REPLY_S, self._engine.exit)
+        return True
+
+    async def _run(self, number: int, request: dict[str, Any]) -> dict[str, Any]:
+        command = request["command"]
+        args = request.get("args") or {}
+        if command == "state":
+            return self._state(args)
+        if command == "attach":
+            self._commander = number
+            return self._state(args)
+        handler = self._commands.get(command)
+        if handler is None:
+            known = ", ".join(["state", "events", "attach", *self._commands])
+            raise RefusedError(f"unknown command {command!r}; known: {known}")
+        self._require_current(number, request)
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[dict[str, Any]] = loop.create_future()
+
+        def job() -> None:
+            try:
+                result = handler(args)
+            except BaseException as error:  # noqa: BLE001 - carried to the waiting command
+                loop.call_soon_threadsafe(settle, future, None, error)
+            else:
+                loop.call_soon_threadsafe(settle, future, result, None)
+
+        self._engine.pool.submit(f"command {command}", job)
+        try:
+            return await asyncio.wait_for(asyncio.shield(future), COMMAND_TIMEOUT_MS / 1000)
+        except TimeoutError:
+            raise RefusedError(
+                f"{command}: not done within {COMMAND_TIMEOUT_MS} ms; it goes on, see `state`"
+            ) from None
+
+    def _require_current(self, number: int, request: dict[str, Any]) -> None:
+        """A command is for this engine in this epoch.
+
+        Raises:
+            StaleCommandError: it was decided under another one, or by a controller that was
+            replaced.
+        """
+        instance, epoch = request.get("instance"), request.get("epoch")
+        if instance != self._engine.instance.hex() or epoch != self._engine.node.epoch:
+            raise StaleCommandError(
+                f"decided under engine {instance} epoch {epoch}; this is "
+                f"{self._engine.instance.hex()} epoch {self._engine.node.epoch}: look again"
+            )
+        if request.get("controller") and number != self._commander:
+            raise StaleCommandError("another controller commands this engine now")
+
+    async def _events(self, request: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        """Send every event after `since`, and go on until the reader leaves (unless follow is
+        false).
+        """
+        args = request.get("args") or {}
+        number = int(args.get("since", 0))
+        follow = bool(args.get("follow", True))
+        while True:
+            for event in self._engine.events.since(number):
+                number = event["number"]
+                writer.write(json.dumps({"id": request.get("id"), "event": event}).encode() + b"\n")
+            await writer.drain()
+            if not follow:
+                writer.write(json.dumps({"id": request.get("id"), "ok": {}}).encode() + b"\n")
+                await writer.drain()
+                return
+            if writer.is_closing():
+                return
+            await asyncio.sleep(EVENT_POLL_S)
+
+    # --- commands ---------------------------------------------------------------------------------
+
+    def _state(self, _args: dict[str, Any]) -> dict[str, Any]:
+        engine = self._engine
+        with engine.driver.lock:
+            state = describe(engine.node)
+            epoch = engine.node.epoch
+        return {
+            "instance": engine.instance.hex(),
+            "epoch": epoch,
+            "pid": os.getpid(),
+            "clients": engine.handles,
+            **state,
+        }
+
+    def _drive(self, path: Any) -> Any:
+        return self._engine.driver.drive(path)
+
+    def _promote(self, args: dict[str, Any]) -> dict[str, Any]:
+        self._drive(roles.promote(self._engine.node, force=bool(args.get("force", False))))
+        self._engine.hurry()
+        return self._state(args)
+
+    def _demote(self, args: dict[str, Any]) -> dict[str, Any]:
+        self._engine.demote()
+        return self._state(args)
+
+    def _alone(self, args: dict[str, Any]) -> dict[str, Any]:
+        self._drive(roles.alone(self._engine.node))
+        return self._state(args)
+
+    def _claim(self, args: dict[str, Any]) -> dict[str, Any]:
+        record = generation_of(args) if "generation" in args else bytes(16)
+        prepared = self._drive(roles.claim(self._engine.node, record))
+        return {
+            "generation": prepared["generation"].hex(),
+            "record_holds": [generation.hex() for generation in prepared["record_holds"]],
+        }
+
+    def _claimed(self, args: dict[str, Any]) -> dict[str, Any]:
+        won = bool(args.get("won", False))
+        self._drive(roles.claimed(self._engine.node, generation_of(args), won=won))
+        return self._state(args)
+
+    def _recorded(self, args: dict[str, Any]) -> dict[str, Any]:
+        self._engine.driver.call(roles.recorded, self._engine.node, generation_of(args))
+        return self._state(args)
+
+    def _reconnected(self, args: dict[str, Any]) -> dict[str, Any]:
+        engine = self._engine
+        if engine.node.role is not Role.PRIMARY:
+            raise RefusedError("reconnected: this node is not primary; nothing is frozen here")
+        engine.hurry()
+        state = self._state(args)
+        if state["frozen"]:
+            raise RefusedError(
+                f"reconnected: the peer is not back yet ({state['refusal'] or 'no connection'}); "
+                "this node tries again by itself and goes on when it is"
+            )
+        return state
+
+    def _resync(self, args: dict[str, Any]) -> dict[str, Any]:
+        self._drive(roles.resync_full(self._engine.node))
+        return self._state(args)
+
+    def _drain(self, args: dict[str, Any]) -> dict[str, Any]:
+        self._drive(roles.drain(self._engine.node))
+        return self._state(args)
+
+    def _discard(self, args: dict[str, Any]) -> dict[str, Any]:
+        self._drive(roles.discard(self._engine.node))
+        return self._state(args)
+
+    def _accept_peer(self, args: dict[str, Any]) -> dict[str, Any]:
+        self._drive(roles.accept_peer(self._engine.node))
+        self._engine.hurry()
+        return self._state(args)
+
+    def _stop(self, args: dict[str, Any]) -> dict[str, Any]:
+        self._engine.stop()
+        return self._state(args)
+
+
+def may_command(writer: asyncio.StreamWriter) -> bool:
+    """Only root and the user the engine runs as, by the kernel's word, not the file mode."""
+    sock: socket.socket = writer.get_extra_info("socket")
+    with contextlib.suppress(OSError):
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEERCRED.size)
+        _, uid, _ = PEERCRED.unpack(credentials)
+        return uid in (0, os.geteuid())
+    return False
+
+
+def parse(line: bytes) -> dict[str, Any]:
+    """One request.
+
+    Raises:
+        RefusedError: not a JSON object with a command.
+    """
+    try:
+        request = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RefusedError(f"not a line of JSON: {error}") from None
+    if not isinstance(request, dict) or not isinstance(request.get("command"), str):
+        raise RefusedError('a request is {"id": ..., "command": "...", "args": {...}}')
+    if not isinstance(request.get("args") or {}, dict):
+        raise RefusedError("args has to be an object")
+    return request
+
+
+def generation_of(args: dict[str, Any]) -> bytes:
+    """The generation in a command's arguments.
+
+    Raises:
+        RefusedError: it is not 32 hexadecimal digits.
+    """
+    try:
+        generation = bytes.fromhex(args["generation"])
+    except (KeyError, TypeError, ValueError):
+        generation = b""
+    if len(generation) != 16:
+        raise RefusedError("generation has to be 32 hexadecimal digits")
+    return generation
+
+
+def settle(future: "asyncio.Future[Any]", result: Any, error: BaseException | None) -> None:
+    """Hand a worker's result to the loop."""
+    if future.done():
+        return
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(result)

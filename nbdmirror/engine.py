@@ -1,0 +1,388 @@
+"""The engine: one process, one mirror, one node. Puts core, files, threads and sockets together.
+
+Owns the composition and nothing else: the paths are the core's, the socket is link.py's, the
+commands are control.py's. It starts in no role, always. nbdkit's threads call the client
+operations; one uvloop thread owns the peer channel, the control socket and the clock.
+"""
+
+import asyncio
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import uvloop
+
+from nbdmirror import memory
+from nbdmirror.clients import disconnect_clients, listening_addresses
+from nbdmirror.config import Config
+from nbdmirror.control import ControlServer
+from nbdmirror.core import dispatch, io, negotiate, roles
+from nbdmirror.core.channel import Channel
+from nbdmirror.core.checks import crcmod_is_compiled
+from nbdmirror.core.durable import Opened
+from nbdmirror.core.handshake import Identity
+from nbdmirror.core.node import Node, Role, Settings
+from nbdmirror.core.opening import open_metadata, settle
+from nbdmirror.core.ports import Path, ReadBuffer, WriteBuffer
+from nbdmirror.core.session import Session
+from nbdmirror.core.superblock import Flags, choose
+from nbdmirror.core.upkeep import Upkeep
+from nbdmirror.core.wire import FrameFlag
+from nbdmirror.driver import (
+    STACK_BYTES,
+    Driver,
+    Pool,
+    ReplicaDriver,
+    ThreadWaiter,
+    report_to_stderr,
+)
+from nbdmirror.errors import ConfigError, MetadataError, PeerProtocolError, StoreError
+from nbdmirror.events import EventLog
+from nbdmirror.link import TcpLink
+from nbdmirror.metastore import FileMetaStore
+from nbdmirror.peering import Peering
+from nbdmirror.store import FileStore
+from nbdmirror.witness import read_boot_identity
+
+TICK_S: Final = 0.1
+INLINE: Final = frozenset({FileStore.pwrite, TcpLink.kick})
+FUA: Final = int(FrameFlag.FUA)
+MAY_TRIM: Final = int(FrameFlag.MAY_TRIM)
+CLIENTS_GONE_S: Final = 5.0
+
+
+class Engine:
+    """One engine. `open` before the fork, `start` after it."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.instance = secrets.token_bytes(16)
+        self.events = EventLog()
+        self.driver = Driver()
+        self.pool = Pool(self.background_error)
+        self.handles = 0
+        self.handles_gone = threading.Condition()
+        self.loop: uvloop.Loop
+        self.node: Node
+        self.store: FileStore
+        self.meta: FileMetaStore
+        self.peering: Peering
+        self._pace_next_s = 0.0
+        self._ready: list[Callable[[], None]] = []
+        self._loop_thread = 0
+        self._started = threading.Event()
+        self._clients_at: list[Any] = []
+        self._main_task: asyncio.Task[None]
+
+    # --- start and stop -----------------------------------------------------------------------
+
+    def start(self) -> None:
+        """After the fork: open and lock the files, settle the metadata, start the loop's thread.
+
+        Raises:
+            RefusedError: another engine has the metadata. MetadataError: it cannot be trusted.
+            StoreError: it cannot be written.
+        """
+        if not crcmod_is_compiled():
+            raise ConfigError("crcmod has no C extension; install it where a compiler is")
+        threading.stack_size(STACK_BYTES)
+        if self.config.engine.lock_memory:
+            for refusal in memory.lock_memory():
+                self.events.emit("memory", refused=refusal)
+        opened = self._open_files()
+        self._build(opened)
+        self.driver.drive(settle(self.node, opened))
+        self._look_for_writeback_error()
+        self._clients_at = listening_addresses()
+        thread = threading.Thread(target=self._run_loop, name="nbdmirror-loop", daemon=True)
+        thread.start()
+        self._started.wait()
+
+    def _open_files(self) -> Opened:
+        meta = FileMetaStore.open(self.config.metadata_file)
+        os.set_inheritable(meta.fileno(), False)
+        self.meta = meta
+        slots = meta.read_slots()
+        sb = choose(*slots).superblock
+        if sb.mirror_name != self.config.mirror or sb.node_id != self.config.me.id:
+            raise MetadataError(
+                f"{self.config.metadata_file} belongs to node {sb.node_id} of {sb.mirror_name}, "
+                f"the configuration says node {self.config.me.id} of {self.config.mirror}"
+            )
+        sparse = bool(sb.flags & Flags.SPARSE)
+        self.store = FileStore.open(self.config.data_file, sb.device_bytes, sparse=sparse)
+        identity = read_boot_identity(self.store.fileno())
+        opened = open_metadata(
+            slots, meta.read_ring(), meta.read_map(), identity.boot_id, identity.mount_id
+        )
+        for note in (*opened.notes, *filter(None, [identity.doubt])):
+            self.events.emit("metadata", note=note)
+        return opened
+
+    def _look_for_writeback_error(self) -> None:
+        """Rule 12: a page cache that lost a write has not survived; the kernel tells it once."""
+        try:
+            self.store.fdatasync()
+        except StoreError as error:
+            with self.driver.lock:
+                self.node.note_failure(f"found when the file was opened: {error}")
+            self.driver.drive(self.node.record_failure())
+
+    def _build(self, opened: Opened) -> None:
+        settings = self.config.engine
+        self.node = Node(
+            self,
+            self.store,
+            self.meta,
+            opened,
+            Settings(
+                ack_timeout_ms=settings.ack_timeout_ms,
+                flush_interval_ms=settings.flush_interval_ms,
+                flush_bytes=settings.flush_bytes,
+                freeze_limit_ms=settings.freeze_limit_ms,
+            ),
+            self.instance,
+        )
+        self.node.own_trim_ok = self.node.trim_ok = self.store.can_trim
+        self.node.own_fast_zero_ok = self.node.fast_zero_ok = self.store.can_fast_zero
+
+    def _run_loop(self) -> None:
+        self._loop_thread = threading.get_ident()
+        self.loop = uvloop.new_event_loop()
+        asyncio.set_event_loop(self.loop)
+        self._main_task = self.loop.create_task(self._main())
+        self.loop.run_forever()
+
+    async def _main(self) -> None:
+        sb = self.node.sb
+        me, peer = self.config.me, self.config.peer
+        identity = Identity(
+            mirror_id=sb.mirror_id,
+            node_id=sb.node_id,
+            node_uuid=sb.node_uuid,
+            instance=self.instance,
+        )
+        self.peering = Peering(
+            identity,
+            self.config.key,
+            (me.address.host, me.address.port),
+            (peer.address.host, peer.address.port, peer.id),
+            self._contact,
+            self._note_peer,
+        )
+        control = ControlServer(self)
+        await control.start(self.config.control_socket)
+        peering = self.loop.create_task(self.peering.run())
+        peering.add_done_callback(self._peering_ended)
+        self.events.emit("started", instance=self.instance.hex(), pid=os.getpid())
+        self._started.set()
+        upkeep = Upkeep(self.node)
+        while True:
+            with self.driver.lock:
+                upkeep.tick(time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000)
+            self._run_ready()
+            await asyncio.sleep(TICK_S)
+
+    def _peering_ended(self, task: "asyncio.Task[None]") -> None:
+        if not task.cancelled() and task.exception() is not None:
+            reason = f"peer port: {task.exception()}"
+            self.events.emit("fatal", reason=reason)
+            sys.stderr.write(f"nbdmirror: {reason}\n")
+
+    def exit(self) -> None:
+        """End the process now. The metadata is what `roles.stop` left; nothing else needs a
+        goodbye.
+        """
+        os._exit(0)
+
+    # --- the peer -----------------------------------------------------------------------------
+
+    def _note_peer(self, reason: str) -> None:
+        if self.node.refusal != reason:
+            self.node.refusal = reason
+            self.events.emit("no-peer", reason=reason)
+
+    async def _contact(self, connection: socket.socket, channel: Channel) -> None:
+        """One authenticated connection, until its session has ended."""
+        ended = self.loop.create_future()
+        with self.driver.lock:
+            old = self.node.session
+            known = self.node.sb.peer_uuid
+            if old is not None and known in (bytes(16), channel.established_peer_uuid):
+                # The peer has proven itself anew, so it has lost the old connection.
+                self.node.lose_session(old, "the peer connected again")
+            link = TcpLink(
+                self.loop,
+                connection,
+                lost=lambda reason: self._lost(session, reason),
+                closed=lambda: None if ended.done() else ended.set_result(None),
+            )
+            session = Session(self, channel, link)
+            link.attach(session.outgoing)
+        self.loop.add_reader(connection.fileno(), self._readable, connection, session)
+        self.spawn("negotiate", negotiate.negotiate(self.node, session))
+        self._take_frames(session)
+        await ended
+
+    def _readable(self, connection: socket.socket, session: Session) -> None:
+        channel = session.channel
+        try:
+            count = connection.recv_into(channel.buffer_for_read())
+            if count:
+                channel.received(count)
+        except (BlockingIOError, InterruptedError):
+            return
+        except PeerProtocolError as error:
+            self._lost(session, str(error))
+            return
+        except OSError as error:
+            self._lost(session, f"receiving failed: {error.strerror}")
+            return
+        if count <= 0:
+            self._lost(session, "the peer closed the connection")
+            return
+        self._take_frames(session)
+
+    def _take_frames(self, session: Session) -> None:
+        more = True
+        while more:
+            # Checked before the lock is taken: a large payload takes its time.
+            try:
+                frames = session.channel.frames()
+            except PeerProtocolError as error:
+                with self.driver.lock:
+                    dispatch.violation(self.node, session, error)
+                break
+            if not frames:
+                break
+            with self.driver.lock:
+                more = dispatch.take(self.node, session, frames)
+        if self._ready:
+            self._run_ready()
+        if session.outgoing:
+            session.link.kick()
+
+    def _lost(self, session: Session, reason: str) -> None:
+        with self.driver.lock:
+            self.node.lose_session(session, reason)
+        self._run_ready()
+
+    def _run_ready(self) -> None:
+        while self._ready:
+            self._ready.pop(0)()
+
+    # --- what the core asks for (core/ports.py, Shell) -------------------------------------------
+
+    def waiter(self) -> ThreadWaiter:
+        """A fresh waiter."""
+        return ThreadWaiter()
+
+    def spawn(self, name: str, path: Path) -> None:
+        """Drive a path on a worker thread."""
+        self.pool.submit(name, lambda: self.driver.drive(path))
+
+    def spawn_replica(self, path: Path) -> None:
+        """Drive the replica path on the loop's thread where nothing blocks."""
+        ReplicaDriver(self.driver, self.pool, path, INLINE, self._schedule).start()
+
+    def _schedule(self, run: Callable[[], None]) -> None:
+        if threading.get_ident() == self._loop_thread:
+            self._ready.append(run)
+        else:
+            self.loop.call_soon_threadsafe(run)
+
+    def pace(self, count: int) -> None:
+        """Hold the resync back to the configured rate."""
+        rate = self.config.engine.resync_rate
+        if not rate:
+            return
+        with self.driver.lock:
+            now_s = time.monotonic()
+            begins_s = max(now_s, self._pace_next_s)
+            self._pace_next_s = begins_s + count / rate
+        threading.Event().wait(begins_s - now_s)
+
+    def random_bytes(self, count: int) -> bytes:
+        """From the system."""
+        return secrets.token_bytes(count)
+
+    def emit(self, kind: str, **facts: object) -> None:
+        """To whoever follows the events."""
+        self.events.emit(kind, **facts)
+
+    def background_error(self, name: str, error: BaseException) -> None:
+        """A path that runs beside the clients ended with an error nobody waits for."""
+        self.events.emit("background-error", path=name, reason=f"{type(error).__name__}: {error}")
+        report_to_stderr(name, error)
+
+    # --- client operations, called by nbdkit's threads ----------
+
+    def is_primary(self) -> bool:
+        """Whether an export may be opened."""
+        return self.node.role is Role.PRIMARY
+
+    def pread(self, buffer: WriteBuffer, offset: int) -> None:
+        """Fill the buffer."""
+        self.driver.drive(io.read(self.node, buffer, offset))
+
+    def pwrite(self, buffer: ReadBuffer, offset: int, flags: int) -> None:
+        """Write; `flags` are those of the wire."""
+        self.driver.drive(io.write(self.node, buffer, offset, flags))
+
+    def zero(self, offset: int, count: int, flags: int) -> None:
+        """Make a range zero."""
+        self.driver.drive(io.zero(self.node, offset, count, flags))
+
+    def trim(self, offset: int, count: int, flags: int) -> None:
+        """Give a range back."""
+        self.driver.drive(io.trim(self.node, offset, count, flags))
+
+    def flush(self) -> None:
+        """Durable on every node that has it."""
+        self.driver.drive(io.flush(self.node))
+
+    def extents(self, offset: int, count: int) -> Any:
+        """(start, end) of data."""
+        return self.driver.drive(io.extents(self.node, offset, count))
+
+    def cache(self, offset: int, count: int) -> None:
+        """Read ahead; a hint."""
+        os.posix_fadvise(self.store.fileno(), offset, count, os.POSIX_FADV_WILLNEED)
+
+    def opened(self) -> None:
+        """A client connected."""
+        with self.handles_gone:
+            self.handles += 1
+
+    def closed(self) -> None:
+        """A client is gone."""
+        with self.handles_gone:
+            self.handles -= 1
+            self.handles_gone.notify_all()
+
+    # --- commands ---------------------------------------------------------------------------
+
+    def hurry(self) -> None:
+        """Try to reach the peer now instead of after the pause."""
+        self.loop.call_soon_threadsafe(self.peering.hurry)
+
+    def demote(self) -> None:
+        """Stop serving, then disconnect every client and wait until they are gone."""
+        self.driver.drive(roles.demote(self.node))
+        self.disconnect()
+
+    def disconnect(self) -> bool:
+        """Shut every client's socket down; True when all handles are closed in time."""
+        disconnect_clients(self._clients_at)
+        with self.handles_gone:
+            return self.handles_gone.wait_for(lambda: self.handles == 0, CLIENTS_GONE_S)
+
+    def stop(self) -> None:
+        """Leave in order; the caller ends the process."""
+        self.driver.drive(roles.stop(self.node))
+        self.disconnect()

@@ -1,0 +1,71 @@
+"""What the data file, the metadata file and the key file have in common.
+
+Owns: opening a regular file without being led elsewhere, writing all of a buffer, making names
+durable, and the translation of an OSError into the project's errors. Must never: know what a file
+is for.
+"""
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import Final
+
+from nbdmirror.errors import OutOfSpaceError, RefusedError, StoreError
+
+FILE_MODE: Final = 0o600
+SPACE_ERRNOS: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+def store_error(error: OSError, where: str) -> StoreError:
+    """The project's error for an OSError: OutOfSpaceError for a full disk or quota."""
+    number = error.errno or errno.EIO
+    return (OutOfSpaceError if number in SPACE_ERRNOS else StoreError)(number, where)
+
+
+def open_regular(path: Path, flags: int) -> int:
+    """Open an existing regular file, close-on-exec, never through a symbolic link.
+
+    Raises:
+        RefusedError: it is a symbolic link or not a regular file.
+        StoreError: the system refuses, with its errno.
+    """
+    try:
+        # O_NONBLOCK: opening a FIFO or a device by mistake must neither wait nor act.
+        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise RefusedError(
+                f"{path} is a symbolic link; name the file itself, so that it cannot be exchanged"
+            ) from error
+        raise store_error(error, f"open {path}") from error
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        what = "a block device" if stat.S_ISBLK(mode) else "no regular file"
+        raise RefusedError(
+            f"{path} is {what}; for now only a regular file is taken "
+            "(a device has no reserved space, no holes and no exclusive owner here)"
+        )
+    os.set_blocking(descriptor, True)
+    return descriptor
+
+
+def write_all(descriptor: int, block: bytes | memoryview, offset: int) -> None:
+    """pwrite until everything is written. Raises OSError."""
+    view = memoryview(block)
+    while view:
+        count = os.pwrite(descriptor, view, offset)
+        if count == 0:
+            raise OSError(errno.EIO, "no progress")
+        view = view[count:]
+        offset += count
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in `directory` durable. Raises OSError."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,232 @@
+"""Starts one engine and stays beside it, until there is a controller that does more.
+
+Owns the listening NBD sockets (made here with their modes, passed to nbdkit by socket activation,
+so they outlive the engine), the engine's environment, its orderly end on SIGTERM, and one answer:
+where the configuration says `on_freeze = "alone"`, it answers a freeze so. It decides nothing
+else.
+"""
+
+import contextlib
+import fcntl
+import os
+import select
+import shutil
+import signal
+import socket
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any, Final
+
+from nbdmirror.config import Address, Config
+from nbdmirror.control_client import ControlClient
+from nbdmirror.errors import ConfigError, NbdMirrorError, RefusedError, UnreachableError
+
+LISTEN_FDS_START: Final = 3
+LISTEN_BACKLOG: Final = 64
+POLL_S: Final = 0.1
+STOP_TIMEOUT_S: Final = 30.0
+KILL_AFTER_S: Final = 1.0
+PLUGIN_NAME: Final = "nbdmirror_plugin.py"
+
+
+def run(config: Config) -> int:
+    """Run the engine in the foreground; returns its exit code.
+
+    Raises:
+        RefusedError: another launcher serves this mirror here. ConfigError: nbdkit or plugin
+        missing.
+    """
+    run_dir = config.me.run_dir
+    run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = take_lock(run_dir / "launcher.lock")
+    sockets = listening_sockets(config)
+    try:
+        pid = start(config, sockets)
+        return Watcher(config, pid).watch()
+    finally:
+        for each in sockets:
+            each.close()
+        with contextlib.suppress(OSError):
+            config.export_unix.unlink()
+        os.close(lock)
+
+
+def take_lock(path: Path) -> int:
+    """One launcher per mirror and node; returns the descriptor that holds the lock."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise RefusedError(
+            f"{path}: another engine of this mirror runs on this node; stop it first"
+        ) from None
+    return descriptor
+
+
+def listening_sockets(config: Config) -> list[socket.socket]:
+    """The Unix socket always, TCP where configured. The launcher's lock is held, so an old one is
+    dead.
+
+    Raises:
+        ConfigError: the address cannot be had.
+    """
+    sockets: list[socket.socket] = []
+    path = config.export_unix
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    before = os.umask(0o177)
+    try:
+        sockets.append(bound(socket.AF_UNIX, str(path), f"export.unix = {path}"))
+    finally:
+        os.umask(before)
+    if config.export_tcp is not None:
+        sockets.append(tcp_socket(config.export_tcp))
+    return sockets
+
+
+def tcp_socket(address: Address) -> socket.socket:
+    """The listening TCP socket of the export."""
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    return bound(family, (address.host, address.port), f"export.tcp = {address}")
+
+
+def bound(family: int, address: Any, what: str) -> socket.socket:
+    """A socket that listens at `address`."""
+    made = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        if family != socket.AF_UNIX:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+        made.listen(LISTEN_BACKLOG)
+    except OSError as error:
+        made.close()
+        raise ConfigError(f"{what}: {error.strerror}") from error
+    return made
+
+
+def command_line(config: Config) -> list[str]:
+    """nbdkit's arguments."""
+    nbdkit = shutil.which("nbdkit")
+    if nbdkit is None:
+        raise ConfigError("nbdkit is not installed: apt-get install nbdkit nbdkit-plugin-python")
+    return [
+        nbdkit,
+        "--foreground",
+        "--threads",
+        str(config.engine.threads),
+        "--filter=limit",
+        "python",
+        str(plugin_file()),
+        f"configuration={config.source.resolve()}",
+        f"node={config.me.name}",
+        f"limit={config.engine.connections_max}",
+    ]
+
+
+def plugin_file() -> Path:
+    """The plugin: beside the package in a checkout, in share/ when installed.
+
+    Raises:
+        ConfigError: it is in neither place.
+    """
+    checkout = Path(__file__).resolve().parent.parent / "plugin" / PLUGIN_NAME
+    installed = Path(sysconfig.get_path("data")) / "share" / "nbdmirror" / PLUGIN_NAME
+    for candidate in (checkout, installed):
+        if candidate.is_file():
+            return candidate
+    raise ConfigError(f"{PLUGIN_NAME} is missing: looked at {checkout} and {installed}")
+
+
+def environment() -> dict[str, str]:
+    """What the engine sees: nbdkit's Python takes its prefix from the first python3 on PATH."""
+    own = Path(sys.prefix) / "bin"
+    package_root = Path(__file__).resolve().parent.parent
+    return {
+        "PATH": f"{own}:/usr/sbin:/usr/bin:/sbin:/bin",
+        "PYTHONPATH": str(package_root),
+        "PYTHONNOUSERSITE": "1",
+        "PYTHONHASHSEED": "0",
+        "LANG": "C.UTF-8",
+        **{k: v for k, v in os.environ.items() if k == "NBDMIRROR_BOOT_ID_FILE"},
+    }
+
+
+def start(config: Config, sockets: list[socket.socket]) -> int:
+    """Fork and become nbdkit, with the sockets from descriptor 3 on; returns its pid."""
+    arguments = command_line(config)
+    variables = environment()
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        # First away from the low numbers, then to their places.
+        high = [fcntl.fcntl(each.fileno(), fcntl.F_DUPFD_CLOEXEC, 64) for each in sockets]
+        for index, descriptor in enumerate(high):
+            os.dup2(descriptor, LISTEN_FDS_START + index, inheritable=True)
+        variables["LISTEN_FDS"] = str(len(high))
+        variables["LISTEN_PID"] = str(os.getpid())
+        os.execve(arguments[0], arguments, variables)  # noqa: S606 - no shell is the point
+    except OSError as error:
+        sys.stderr.write(f"nbdmirror: {arguments[0]}: {error.strerror}\n")
+    finally:
+        os._exit(127)
+
+
+class Watcher:
+    """Waits for the engine's end, for signals, and answers freezes where it may."""
+
+    def __init__(self, config: Config, pid: int) -> None:
+        self._config = config
+        self._pid = pid
+        self._pidfd = os.pidfd_open(pid)
+        self._signals_read, signals_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._signals_write = signals_write
+        self._answers = config.engine.on_freeze == "alone"
+        self._client = ControlClient(config.control_socket, STOP_TIMEOUT_S)
+
+    def watch(self) -> int:
+        """Until the engine is dead; returns its exit code (128 + signal if one ended it)."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+        signal.set_wakeup_fd(self._signals_write)
+        while True:
+            readable, _, _ = select.select([self._pidfd, self._signals_read], [], [], POLL_S)
+            if self._pidfd in readable:
+                _, status = os.waitpid(self._pid, 0)
+                code = os.waitstatus_to_exitcode(status)
+                return code if code >= 0 else 128 - code
+            if self._signals_read in readable:
+                os.read(self._signals_read, 64)
+                self._stop()
+            elif self._answers:
+                self._answer()
+
+    def _note(self, _number: int, _frame: Any) -> None:
+        """The wake-up descriptor carries it."""
+
+    def _stop(self) -> None:
+        """Ask the engine to leave in order; end it if it cannot."""
+        try:
+            state = self._client.call("state")
+            self._client.call("stop", instance=state["instance"], epoch=state["epoch"])
+        except NbdMirrorError as error:
+            sys.stderr.write(f"nbdmirror: stop: {error}\n")
+            self._end()
+
+    def _end(self) -> None:
+        signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
+        readable, _, _ = select.select([self._pidfd], [], [], KILL_AFTER_S)
+        if not readable:
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def _answer(self) -> None:
+        """Arbiter `none` answers a freeze at once: alone."""
+        try:
+            state = self._client.call("state")
+            if state["question"] == "frozen":
+                self._client.call("alone", instance=state["instance"], epoch=state["epoch"])
+                sys.stderr.write(f"nbdmirror: alone: {state['frozen_reason']}\n")
+        except (UnreachableError, RefusedError):
+            return

@@ -1,0 +1,83 @@
+"""Every bound of the project in one place, units last in the name.
+
+A length, count or time that comes from outside is compared with one of these before anything is
+allocated or waited for. The relations between them are asserted at import.
+"""
+
+from typing import Final
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+GIB: Final = 1024 * MIB
+TIB: Final = 1024 * GIB
+
+# Geometry of the device.
+EXTENT_BYTES_DEFAULT: Final = 4 * KIB
+EXTENT_BYTES_MIN: Final = 4 * KIB
+EXTENT_BYTES_MAX: Final = 1 * MIB
+REGION_BYTES_DEFAULT: Final = 4 * MIB
+REGION_BYTES_MIN: Final = 1 * MIB
+REGION_BYTES_MAX: Final = 256 * MIB
+DEVICE_BYTES_MIN: Final = 1 * MIB
+DEVICE_BYTES_MAX: Final = 16 * TIB
+
+# Metadata file.
+META_BLOCK_BYTES: Final = 4 * KIB
+SUPERBLOCK_SLOT_OFFSETS_BYTES: Final = (0, 32 * KIB)
+LOG_OFFSET_BYTES: Final = 64 * KIB
+LOG_BLOCKS_COUNT: Final = 64
+LOG_SECTOR_BYTES: Final = 512
+MAP_OFFSET_BYTES: Final = 1 * MIB
+MAP_PAGE_HEADER_BYTES: Final = 64
+MAP_PAGE_PAYLOAD_BYTES: Final = META_BLOCK_BYTES - MAP_PAGE_HEADER_BYTES
+BASE_COUNT_MAX: Final = 8
+HISTORY_COUNT_MAX: Final = 16
+MIRROR_NAME_CHARS_MAX: Final = 64
+
+# Frames of the peer channel.
+FRAME_PAYLOAD_BYTES_MAX: Final = 1 * MIB
+FRAME_SPAN_BYTES_MAX: Final = 1 * GIB
+CONTROL_BYTES_MAX: Final = 64 * KIB
+REASON_BYTES_MAX: Final = 1024
+HANDSHAKE_BYTES_MAX: Final = 4 * KIB
+WINDOW_BYTES_MAX: Final = 32 * MIB
+WINDOW_ENTRIES_MAX: Final = 1024
+KEY_BYTES_MIN: Final = 32
+KEY_BYTES_MAX: Final = 4 * KIB
+
+# NBD requests.
+NBD_REQUEST_BYTES_MAX: Final = 64 * MIB
+NBD_RANGE_BYTES_MAX: Final = 4 * GIB - 1
+
+# Time. Every wait of ours has one of these.
+HANDSHAKE_TIMEOUT_MS: Final = 5_000
+ACK_TIMEOUT_MS: Final = 2_000
+KEEPALIVE_MS: Final = 500
+SILENCE_MS: Final = 1_500
+TCP_USER_TIMEOUT_MS: Final = 2_000
+RECONNECT_MS_MIN: Final = 50
+RECONNECT_MS_MAX: Final = 1_000
+FLUSH_INTERVAL_MS: Final = 500
+FLUSH_BYTES: Final = 64 * MIB
+UNFLUSHED_ENTRIES_MAX: Final = 65_536
+FREEZE_LIMIT_MS: Final = 30_000
+COMMAND_TIMEOUT_MS: Final = 60_000
+QUIESCE_TIMEOUT_MS: Final = 10_000
+NEGOTIATION_TIMEOUT_MS: Final = 10_000
+CONTROL_ANSWER_TIMEOUT_MS: Final = 10_000
+
+# Resync.
+RESYNC_CHUNK_BYTES: Final = 1 * MIB
+HASH_BLOCK_BYTES: Final = 32 * KIB
+HASH_BYTES: Final = 16
+RESYNC_CHUNKS_AHEAD: Final = 8
+
+assert FRAME_PAYLOAD_BYTES_MAX % EXTENT_BYTES_MAX == 0
+assert RESYNC_CHUNK_BYTES <= FRAME_PAYLOAD_BYTES_MAX
+assert REGION_BYTES_MIN % EXTENT_BYTES_MAX == 0
+assert RESYNC_CHUNK_BYTES % HASH_BLOCK_BYTES == 0
+assert LOG_OFFSET_BYTES + LOG_BLOCKS_COUNT * META_BLOCK_BYTES <= MAP_OFFSET_BYTES
+assert SUPERBLOCK_SLOT_OFFSETS_BYTES[1] + META_BLOCK_BYTES <= LOG_OFFSET_BYTES
+assert WINDOW_BYTES_MAX >= 2 * FRAME_PAYLOAD_BYTES_MAX
+assert KEEPALIVE_MS * 3 <= SILENCE_MS
+assert SILENCE_MS <= ACK_TIMEOUT_MS

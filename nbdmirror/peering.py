@@ -1,0 +1,183 @@
+"""Finding the peer: the lower node id dials, the higher one listens; both prove themselves.
+
+Owns the peer port and the time between "connected" and "authenticated". Nothing of the engine is
+touched before the handshake is done; connections that have not proven themselves are few,
+short-lived and cost no memory worth naming. Runs on the uvloop thread.
+"""
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Awaitable, Callable
+
+from nbdmirror.core.channel import Channel
+from nbdmirror.core.handshake import Handshake, Identity
+from nbdmirror.errors import PeerProtocolError
+from nbdmirror.limits import HANDSHAKE_TIMEOUT_MS, RECONNECT_MS_MAX, RECONNECT_MS_MIN
+from nbdmirror.link import abort, tune
+
+UNPROVEN_MAX = 16
+NONCE_BYTES = 32
+LISTEN_BACKLOG = 32
+
+
+class Peering:
+    """Dials or listens for ever, and hands each authenticated connection to `contact`.
+
+    `contact(connection, channel)` returns when the session of that connection has ended.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        key: bytes,
+        mine: tuple[str, int],
+        peer: tuple[str, int, int],
+        contact: Callable[[socket.socket, Channel], Awaitable[None]],
+        note: Callable[[str], None],
+    ) -> None:
+        self._identity = identity
+        self._key = key
+        self._mine = mine
+        self._peer = peer
+        self._contact = contact
+        self._note = note
+        self._unproven = {True: 0, False: 0}
+        self._wake = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def dials(self) -> bool:
+        """Whether this node is the one that dials."""
+        return self._identity.node_id < self._peer[2]
+
+    def hurry(self) -> None:
+        """Try to connect now instead of after the pause."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Never returns."""
+        if self.dials:
+            await self._dial_for_ever()
+        else:
+            await self._listen_for_ever()
+
+    # --- dialing ----------------------------------------------------------------------------
+
+    async def _dial_for_ever(self) -> None:
+        pause_ms = RECONNECT_MS_MIN
+        while True:
+            began = asyncio.get_running_loop().time()
+            try:
+                await self._dial()
+            except (OSError, PeerProtocolError, TimeoutError) as error:
+                self._note(str(error) or type(error).__name__)
+            lasted_ms = (asyncio.get_running_loop().time() - began) * 1000
+            pause_ms = RECONNECT_MS_MIN if lasted_ms > RECONNECT_MS_MAX else pause_ms * 2
+            pause_ms = min(pause_ms, RECONNECT_MS_MAX)
+            self._wake.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), pause_ms / 1000)
+
+    async def _dial(self) -> None:
+        host, port, _ = self._peer
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        connection = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            tune(connection)
+            with contextlib.suppress(OSError):
+                # From the configured address, so that the peer's firewall can be narrow.
+                connection.bind((self._mine[0], 0))
+            loop = asyncio.get_running_loop()
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT_MS / 1000):
+                await loop.sock_connect(connection, (host, port))
+                channel = await self._prove(connection, dialer=True)
+        except BaseException:
+            abort(connection)
+            raise
+        await self._contact(connection, channel)
+
+    # --- listening --------------------------------------------------------------------------
+
+    async def _listen_for_ever(self) -> None:
+        loop = asyncio.get_running_loop()
+        listener = self._listener()
+        while True:
+            try:
+                connection, address = await loop.sock_accept(listener)
+            except OSError as error:
+                self._note(f"accepting the peer failed: {error.strerror}")
+                await asyncio.sleep(RECONNECT_MS_MIN / 1000)
+                continue
+            # The peer's own address has places that strangers cannot take.
+            stranger = address[0] != self._peer[0]
+            if self._unproven[stranger] >= UNPROVEN_MAX:
+                abort(connection)
+                continue
+            self._unproven[stranger] += 1
+            task = loop.create_task(self._accepted(connection, stranger=stranger))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def _listener(self) -> socket.socket:
+        host, port = self._mine
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setblocking(False)
+        listener.bind((host, port))
+        listener.listen(LISTEN_BACKLOG)
+        return listener
+
+    async def _accepted(self, connection: socket.socket, *, stranger: bool) -> None:
+        try:
+            try:
+                tune(connection)
+                async with asyncio.timeout(HANDSHAKE_TIMEOUT_MS / 1000):
+                    channel = await self._prove(connection, dialer=False)
+            finally:
+                self._unproven[stranger] -= 1
+        except (OSError, PeerProtocolError, TimeoutError) as error:
+            self._note(str(error) or type(error).__name__)
+            abort(connection)
+            return
+        except BaseException:
+            abort(connection)
+            raise
+        await self._contact(connection, channel)
+
+    # --- both -------------------------------------------------------------------------------
+
+    async def _prove(self, connection: socket.socket, *, dialer: bool) -> Channel:
+        """Run the handshake.
+
+        Raises:
+            PeerProtocolError: refused, by either side; the refusal was sent.
+        """
+        loop = asyncio.get_running_loop()
+        channel = Channel(Handshake(dialer, self._key, self._identity, os.urandom(NONCE_BYTES)))
+        try:
+            await loop.sock_sendall(connection, channel.start())
+            while channel.established is None:
+                count = await loop.sock_recv_into(connection, channel.buffer_for_read())
+                require_bytes(count)
+                channel.received(count)
+                await loop.sock_sendall(connection, channel.take_outgoing())
+        except PeerProtocolError:
+            with contextlib.suppress(OSError):
+                await loop.sock_sendall(connection, channel.refusal)
+                connection.shutdown(socket.SHUT_WR)
+                await asyncio.wait_for(loop.sock_recv(connection, 1), 0.2)
+            raise
+        return channel
+
+
+def require_bytes(count: int) -> None:
+    """A connection that ends in the handshake is an answer, too.
+
+    Raises:
+        PeerProtocolError: it ended.
+    """
+    if count == 0:
+        raise PeerProtocolError("the peer closed the connection in the handshake")
