@@ -1,0 +1,113 @@
+"""Options that many commands share: which mirror, which node, JSON or not.
+
+Owns how a command finds its configuration. Must never read the key for a command that needs none.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import click
+
+from nbdmirror.config import Config, load, parse_size
+from nbdmirror.errors import ConfigError
+
+CONFIG_DIRECTORY: Final = Path("/etc/nbdmirror")
+CONFIG_VARIABLE: Final = "NBDMIRROR_CONFIG"
+NODE_VARIABLE: Final = "NBDMIRROR_NODE"
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a command finds its configuration."""
+
+    path: Path
+    node: str | None
+
+    def load(self, *, with_key: bool) -> Config:
+        """Read and check it. Raises ConfigError."""
+        return load(self.path, self.node, with_key=with_key)
+
+
+def config_options(command: _Command) -> _Command:
+    """Add -m, -c and --node; the command gets `source`."""
+
+    def collect(context: click.Context, _: click.Parameter, node: str | None) -> Source:
+        path, mirror = context.params.pop("config_file"), context.params.pop("mirror")
+        return Source(find_config(path, mirror), node)
+
+    for option in (
+        click.option(
+            "--node",
+            "source",
+            metavar="NAME",
+            envvar=NODE_VARIABLE,
+            callback=collect,
+            help="Be this node of the configuration; default: the name of this host.",
+        ),
+        click.option(
+            "-m",
+            "--mirror",
+            metavar="NAME",
+            is_eager=True,
+            help="Use /etc/nbdmirror/NAME.toml; goes before -c.",
+        ),
+        click.option(
+            "-c",
+            "--config",
+            "config_file",
+            metavar="FILE",
+            type=click.Path(path_type=Path),
+            envvar=CONFIG_VARIABLE,
+            is_eager=True,
+            help="Use this configuration file.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def find_config(path: Path | None, mirror: str | None) -> Path:
+    """The configuration file that the options mean. Raises ConfigError, UsageError."""
+    if mirror is not None:
+        if "/" in mirror or mirror.startswith("."):
+            raise click.UsageError(f"-m {mirror}: a name is expected; a file is named with -c")
+        return CONFIG_DIRECTORY / f"{mirror}.toml"
+    if path is not None:
+        return path
+    found = sorted(CONFIG_DIRECTORY.glob("*.toml"))
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(each.stem for each in found)
+    raise ConfigError(
+        f"which mirror? Name it with -m: {names}"
+        if found
+        else f"there is no configuration in {CONFIG_DIRECTORY}; name the file with -c"
+    )
+
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON, for programs; its keys stay."
+)
+
+
+class SizeType(click.ParamType[int]):
+    """A size on the command line, as in the configuration."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes from "10GiB"."""
+        text = int(value) if str(value).isdecimal() else value
+        try:
+            return parse_size(text)
+        except ValueError as error:
+            return self.fail(f"{value!r}: {error}", param, ctx)
+
+
+def print_json(value: object) -> None:
+    """The one form of JSON that commands print: indented, keys in our order."""
+    click.echo(json.dumps(value, indent=2))

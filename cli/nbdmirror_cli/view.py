@@ -1,0 +1,181 @@
+"""How facts look on a terminal: tables, sizes, the state of an engine, and the promise in force.
+
+Owns the words for what an engine answers. Must never fail on a field that is missing or new: an
+engine of another version answers, too.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+WIDTH_WITHOUT_TERMINAL: Final = 120
+
+# What the engine waits for, and the commands that answer it.
+QUESTIONS: Final = {
+    "frozen": "writes wait for the peer. `nbdmirror engine alone` goes on without it (the peer is "
+    "then behind), `nbdmirror engine demote` steps back; nothing to do if the link returns",
+    "local-failure": "the local disk failed. `nbdmirror engine demote` steps back, so that the "
+    "peer can be promoted",
+    "record-joint": "the arbiter's record has to be set before the copies count as equal",
+}
+PROMISE_A: Final = "(a) a write acknowledged now survives the loss of either node, power included"
+PROMISE_B: Final = "(b) an acknowledged FLUSH or FUA survives the loss of power on both nodes"
+PROMISE_C: Final = (
+    "(c) two nodes never both acknowledge, and a stale or half-synced node never takes over "
+    "by itself"
+)
+ONE_COPY: Final = "one copy: until the peer is in sync again, the loss of this node loses writes"
+_SHOWN: Final = {
+    *("mirror", "node", "node_id", "role", "right_alone", "data_state", "generation"),
+    *("frozen", "frozen_reason", "question", "failed", "refusal", "arbiter"),
+    *("dirty_bytes", "dirty_extents", "device_bytes", "session", "resync"),
+}
+
+
+def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Two columns: name, value. Wide where no terminal limits it, so that programs can cut it."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, Text(printable(value)))
+    width = None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL
+    Console(width=width, highlight=False).print(table)
+
+
+def printable(text: str) -> str:
+    """Without what could steer a terminal: some of it comes from the peer."""
+    return "".join(each if each.isprintable() or each == "\n" else "?" for each in text)
+
+
+def bytes_text(count: object) -> str:
+    """Like `1.5 GiB (1610612736)`."""
+    if not isinstance(count, int):
+        return "-"
+    for unit, factor in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit} ({count})"
+    return f"{count} B"
+
+
+def phase_of(state: dict[str, Any]) -> str:
+    """Where the session with the peer stands; "" without one."""
+    session = state.get("session")
+    return str(session.get("phase", "")) if isinstance(session, dict) else ""
+
+
+def mode_of(state: dict[str, Any]) -> str:
+    """One word for what this node does: mirrored, alone, resync, frozen, failed or waiting."""
+    if state.get("failed"):
+        return "failed"
+    if state.get("frozen"):
+        return "frozen"
+    phase = phase_of(state)
+    if phase == "synced":
+        return "mirrored"
+    if phase in {"resync", "joint"}:
+        return "resync"
+    return "alone" if state.get("role") == "primary" else "waiting"
+
+
+def no_promise_c(arbiter: str) -> str:
+    """What the arbiter does not promise; the promise itself if it does."""
+    if arbiter in {"none", "ping"}:
+        return (
+            f'arbiter "{arbiter}" does not give (c): when the nodes cannot see each other, both '
+            "may go on, and the writes of one side are then given up"
+        )
+    return PROMISE_C
+
+
+def promises(state: dict[str, Any]) -> list[str]:
+    """Which of the three promises are in force now, in the words of the documentation."""
+    arbiter = no_promise_c(str(state.get("arbiter", "none")))
+    mode = mode_of(state)
+    if mode == "mirrored":
+        return [PROMISE_A, PROMISE_B, arbiter]
+    if mode == "frozen":
+        return ["nothing is acknowledged while frozen", arbiter]
+    if state.get("role") == "primary":
+        return [ONE_COPY, arbiter]
+    return ["none by this node: it is not in sync with the other one", arbiter]
+
+
+def print_state(state: dict[str, Any]) -> None:
+    """The table of `engine state`."""
+    rows = [
+        ("role", str(state.get("role", "?"))),
+        ("mode", mode_of(state)),
+        ("data state", str(state.get("data_state", "?"))),
+        ("generation", str(state.get("generation") or "-")),
+        ("dirty", bytes_text(state.get("dirty_bytes"))),
+        ("device", bytes_text(state.get("device_bytes"))),
+        ("session", _session_text(state)),
+    ]
+    resync = _resync_text(state)
+    if resync:
+        rows.append(("resync", resync))
+    rows += [
+        (name, str(state[key]))
+        for name, key in (("frozen", "frozen_reason"), ("failed", "failed"), ("refused", "refusal"))
+        if state.get(key)
+    ]
+    rows += [
+        (key.replace("_", " "), _plain(value)) for key, value in state.items() if key not in _SHOWN
+    ]
+    if state.get("question"):
+        question = str(state["question"])
+        rows.append(("WAITS FOR", QUESTIONS.get(question, question)))
+    rows += [("promise", line) for line in promises(state)]
+    node = state.get("node") or f"node {state.get('node_id', '?')}"
+    print_table(printable(f"mirror {state.get('mirror', '?')}, {node}"), rows)
+
+
+def _session_text(state: dict[str, Any]) -> str:
+    session = state.get("session")
+    if not isinstance(session, dict):
+        return "none: the peer is not connected"
+    peer = "primary" if session.get("peer_primary") else "not primary"
+    return f"{session.get('number', '?')}, {session.get('phase', '?')}, the peer is {peer}"
+
+
+def _resync_text(state: dict[str, Any]) -> str:
+    resync = state.get("resync")
+    if not isinstance(resync, dict) or not isinstance(resync.get("total_bytes"), int):
+        return ""
+    total = max(resync["total_bytes"], 1)
+    done = resync.get("examined_bytes", 0) + resync.get("zeroed_bytes", 0)
+    percent = min(100.0, 100 * done / total)
+    return (
+        f"{percent:.1f} % of {bytes_text(resync['total_bytes'])}, "
+        f"{bytes_text(resync.get('copied_bytes'))} copied"
+    )
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value is None or value == "" else str(value)
+
+
+def force_loss(state: dict[str, Any]) -> str:
+    """What may be lost by promoting this node by force, as far as it knows."""
+    data_state = str(state.get("data_state", "unknown"))
+    lost = {
+        "uptodate": "Writes that only the other node acknowledged since the two parted are lost.",
+        "outdated": "This copy is known to be behind: every write that the other node "
+        "acknowledged since then is lost.",
+        "inconsistent": "This copy stopped in the middle of a resync: it is a mix of old and new "
+        "blocks, and a file system on it may be beyond repair.",
+        "blank": "This copy never held the data of the mirror: everything is lost.",
+    }.get(data_state, "How far this copy is behind is not known.")
+    return (
+        f"This node's copy is {data_state}. {lost} If the other node is alive and primary, both "
+        "acknowledge from now on, and the writes of one side will be given up."
+    )

@@ -1,0 +1,240 @@
+"""The command line: exit codes, words, and what is sent to the engine."""
+
+import inspect
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from nbdmirror import errors
+from nbdmirror.errors import NbdMirrorError
+from nbdmirror_cli import options
+from nbdmirror_cli.main import nbdmirror, run
+from tests.cli.conftest import STATE, FakeEngine
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
+
+
+class Shell:
+    """Runs command lines for alpha and keeps what they print."""
+
+    def __init__(self, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.base = base
+        self._capsys = capsys
+        self.out = self.err = ""
+
+    def __call__(self, *words: str, node: str = "alpha") -> int:
+        code = run([*words, "-c", str(self.base / "demo.toml"), "--node", node])
+        self.out, self.err = self._capsys.readouterr()
+        return code
+
+
+@pytest.fixture
+def shell(base: Path, capsys: pytest.CaptureFixture[str]) -> Shell:
+    """A command line."""
+    return Shell(base, capsys)
+
+
+def leaves(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The words of every command."""
+    if isinstance(command, click.Group):
+        for name, child in command.commands.items():
+            yield from leaves(child, (*path, name))
+    else:
+        yield path
+
+
+@pytest.mark.parametrize("words", list(leaves(nbdmirror)))
+def test_every_command_has_help(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    """If this fails, an operator at night meets a command that does not say what it does."""
+    assert run([*words, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--config" in text
+    assert words == ("engine", "run") or "--json" in text
+    help_text = inspect.cleandoc(str(nbdmirror_command(words).help))
+    assert len(help_text) > 20
+
+
+def nbdmirror_command(words: tuple[str, ...]) -> click.Command:
+    """The command behind the words."""
+    command: click.Command = nbdmirror
+    for word in words:
+        assert isinstance(command, click.Group)
+        command = command.commands[word]
+    return command
+
+
+def test_exit_codes_are_documented_and_differ() -> None:
+    """If this fails, a script takes one failure for another."""
+    kinds = [
+        kind
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, NbdMirrorError)
+    ]
+    codes = [kind.exit_code for kind in kinds]
+    assert len(set(codes)) == len(codes)
+    assert not set(codes) & {0, 1, 2, 130}
+    text = DOCUMENT.read_text(encoding="utf-8")
+    named = {code for code in codes if f"| {code} |" in text}
+    assert named | set(range(16, 24)) == set(codes)
+
+
+def test_a_new_mirror_from_the_command_line(shell: Shell) -> None:
+    """If this fails, the first steps of the documentation do not work."""
+    assert shell("config", "check") == 0
+    assert "no mistakes" in shell.out
+    assert "does not give (c)" in shell.out
+    assert shell("metadata", "create", "--size", "8MiB") == 0
+    assert "metadata create --join --size 8MiB" in shell.out
+    assert shell("metadata", "create", "--size", "8MiB", "--join", node="beta") == 0
+    assert shell("metadata", "create", "--size", "8MiB") == errors.RefusedError.exit_code
+    assert "not overwritten" in shell.err
+    assert shell("metadata", "check") == 0
+    assert shell("metadata", "show") == 0
+    assert "uptodate" in shell.out
+    assert shell("metadata", "show", "--json", node="beta") == 0
+    assert json.loads(shell.out)["data_state"] == "blank"
+
+
+def test_damage_has_an_exit_code(shell: Shell) -> None:
+    """If this fails, monitoring takes a damaged node for a healthy one."""
+    assert shell("metadata", "create", "--size", "8MiB", "--sparse") == 0
+    (shell.base / "alpha" / "data").unlink()
+    assert shell("metadata", "check") == errors.MetadataError.exit_code
+    assert "means: the engine refuses to start" in shell.out
+    assert shell("metadata", "check", "--json") == errors.MetadataError.exit_code
+    assert json.loads(shell.out)["damaged"] is True
+
+
+def test_mistakes_have_an_exit_code(shell: Shell) -> None:
+    """If this fails, a deployment goes on with a configuration that cannot work."""
+    assert shell("config", "check", node="gamma") == errors.ConfigError.exit_code
+    assert "there are: alpha, beta" in shell.err
+    assert shell("metadata", "create") == 2
+    assert "--size" in shell.err
+    assert shell("metadata", "create", "--size", "8MB") == 2
+    assert shell("engine", "state") == errors.UnreachableError.exit_code
+    assert "engine run" in shell.err
+    assert run(["nonsense"]) == 2
+
+
+def test_the_configuration_shown_has_no_secret(shell: Shell) -> None:
+    """If this fails, a pasted `config show` gives the mirror away."""
+    assert shell("config", "show", "--json") == 0
+    assert json.loads(shell.out)["node"]["beta"]["address"] == "127.0.0.2:17789"
+    assert "kkkk" not in shell.out
+    assert shell("config", "show") == 0
+    assert "kkkk" not in shell.out
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, ["mirrored", "(a) a write", "(b) an acknowledged", "does not give (c)"]),
+        ({"session": None, "right_alone": True}, ["alone", "one copy", "does not give (c)"]),
+        (
+            {"frozen": True, "session": None, "question": "frozen", "frozen_reason": "link lost"},
+            ["frozen", "link lost", "WAITS FOR", "engine alone", "engine demote"],
+        ),
+        (
+            {
+                "session": {"number": "01", "phase": "resync", "peer_primary": False},
+                "resync": {"total_bytes": 400, "examined_bytes": 100, "copied_bytes": 50},
+            },
+            ["resync", "25.0 %", "one copy"],
+        ),
+        ({"role": "none", "session": None}, ["waiting", "none by this node"]),
+        ({"failed": "fdatasync: EIO", "session": None}, ["failed", "EIO"]),
+        ({"session": 3, "resync": 4, "dirty_bytes": "?", "new": [1]}, ["new", "does not give (c)"]),
+        ({"refusal": "\x1b[2Jother mirror"}, ["other mirror"]),
+    ],
+)
+def test_the_state_says_what_holds(
+    shell: Shell, engine: FakeEngine, change: dict[str, Any], words: list[str]
+) -> None:
+    """If this fails, an operator believes in a second copy that is not there."""
+    engine.state.update(change)
+    assert shell("engine", "state") == 0
+    missing = [word for word in words if word not in shell.out]
+    assert not missing, shell.out
+    assert "\x1b" not in shell.out
+    if engine.state["session"] != STATE["session"]:
+        assert "(a) a write" not in shell.out
+
+
+@pytest.mark.parametrize(
+    "name", ["promote", "demote", "alone", "reconnected", "resync", "drain", "stop"]
+)
+def test_a_command_is_bound_to_what_was_seen(shell: Shell, engine: FakeEngine, name: str) -> None:
+    """If this fails, a command reaches an engine that has changed its role meanwhile."""
+    assert shell("engine", name, "--json") == 0
+    assert json.loads(shell.out) == STATE
+    asked, sent = engine.requests
+    assert asked["command"] == "state"
+    assert (sent["command"], sent["instance"], sent["epoch"]) == (name, "ab" * 16, 3)
+    assert not sent["args"].get("force")
+
+
+def test_a_refusal_is_told_with_its_code(shell: Shell, engine: FakeEngine) -> None:
+    """If this fails, a refused promotion looks like one that was done."""
+
+    def refuse(request: dict[str, Any]) -> list[Any]:
+        if request["command"] == "state":
+            return engine.answer(request)
+        body = {"kind": "StaleCommandError", "reason": "look again", "remedy": ""}
+        return [{"id": request["id"], "error": body}]
+
+    engine.script = refuse
+    assert shell("engine", "promote") == errors.StaleCommandError.exit_code
+    assert "look again" in shell.err
+
+
+@pytest.mark.parametrize(
+    ("words", "state", "loss"),
+    [
+        (("promote", "--force"), "inconsistent", "in the middle of a resync"),
+        (("promote", "--force"), "outdated", "known to be behind"),
+        (("promote", "--force"), "blank", "everything is lost"),
+        (("promote", "--force"), "from-the-future", "not known"),
+        (("discard",), "uptodate", "All 1.0 GiB"),
+    ],
+)
+def test_a_loss_is_named_and_confirmed(
+    shell: Shell, engine: FakeEngine, words: tuple[str, ...], state: str, loss: str
+) -> None:
+    """If this fails, one word destroys the better copy."""
+    engine.state["data_state"] = state
+    assert shell("engine", *words) == 2  # nobody is at the terminal
+    assert loss in shell.err
+    assert "--yes" in shell.err
+    assert [request["command"] for request in engine.requests] == ["state"]
+    assert shell("engine", *words, "--yes") == 0
+    assert loss in shell.err
+    assert engine.requests[-1]["command"] == words[0]
+
+
+def test_events_are_lines(shell: Shell, engine: FakeEngine) -> None:
+    """If this fails, the question that an engine asks does not reach the one who can answer."""
+    event = {"number": 5, "at_ms": 1500, "event": "question", "question": "frozen"}
+    engine.script = lambda request: [{"id": request["id"], "event": event}, None]
+    assert shell("engine", "events") == 0
+    assert shell.out.startswith("5  1.500 s  question: question=frozen\n")
+    assert "engine alone" in shell.out
+    assert shell("engine", "events", "--json") == 0
+    assert json.loads(shell.out) == event
+
+
+def test_the_only_mirror_needs_no_name(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, every command needs a name, or one of two mirrors is chosen by chance."""
+    monkeypatch.setattr(options, "CONFIG_DIRECTORY", base)
+    assert options.find_config(None, None) == base / "demo.toml"
+    assert options.find_config(None, "other") == base / "other.toml"
+    assert options.find_config(base / "x", None) == base / "x"
+    (base / "second.toml").touch()
+    with pytest.raises(errors.ConfigError, match="demo, second"):
+        options.find_config(None, None)
+    with pytest.raises(click.UsageError):
+        options.find_config(None, "../demo")
