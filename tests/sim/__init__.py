@@ -1,0 +1,1 @@
+"""The deterministic simulator: the production core, two nodes, virtual time, one seed."""

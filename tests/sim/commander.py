@@ -1,0 +1,396 @@
+"""The simulated controllers: what answers an engine's questions and gives it roles.
+
+Deliberately simple, sometimes unwise, never against the rules for controllers: a secondary goes
+for the role only after silence and never while it hears a primary that serves; with an arbiter
+that has a memory the right comes from a claim, settled by a read; a node whose disk failed is
+taken out. One script per engine life, one shared operator who resolves what only an operator may.
+"""
+
+from typing import Any
+
+from nbdmirror.core import roles
+from nbdmirror.core.decide import DecisionKind, decide, promotable
+from nbdmirror.core.negotiate import claim_unsettled
+from nbdmirror.core.node import Node, Role
+from nbdmirror.core.ports import Path
+from nbdmirror.core.session import Phase
+from nbdmirror.core.superblock import DataState, Flags, PendingKind
+from nbdmirror.core.view import node_view, state_message
+from nbdmirror.errors import NbdMirrorError
+from nbdmirror.limits import SILENCE_MS
+from tests.sim.arbiter import Arbiter, Held
+from tests.sim.checks import Checker
+from tests.sim.host import EngineLife, Host
+from tests.sim.net import Network
+from tests.sim.world import World, sleep
+
+NOBODY = -1
+
+
+class Commander:
+    """The controllers of both nodes and the operator."""
+
+    def __init__(
+        self,
+        world: World,
+        hosts: tuple[Host, Host],
+        net: Network,
+        checker: Checker,
+        arbiter: Arbiter | None,
+    ) -> None:
+        self.world = world
+        self.hosts = hosts
+        self.net = net
+        self.checker = checker
+        self.arbiter = arbiter
+        self.rng = world.rng["command"]
+        self.allow_split = self.rng.random() < 0.3
+        self.sane = False
+        self.enabled = True
+        self._refused_since_ms = 0
+
+    # --- one engine ------------------------------------------------------------------------------
+
+    def attach(self, life: EngineLife) -> None:
+        """Begin to command a new engine."""
+        self.world.spawn(life, "controller", self._script(life))
+
+    def _script(self, life: EngineLife) -> Path:
+        while True:
+            yield (sleep, self.rng.randrange(60, 300))
+            if not self.enabled or life.retiring or life.node.changing:
+                continue
+            yield from self._once(life)
+
+    def _once(self, life: EngineLife) -> Path:
+        node = life.node
+        if node.failed:
+            yield from self._retire(life)
+        elif node.question == "record-joint":
+            yield from self._record_joint(life)
+        elif self.arbiter is not None and claim_unsettled(node):
+            yield from self._claim(life)
+        elif node.frozen:
+            yield from self._frozen(life)
+        elif node.role is Role.PRIMARY:
+            yield from self._primary(life)
+        else:
+            yield from self._idle(life)
+
+    def _try(self, name: str, path: Path) -> Path:
+        """A command; returns (its result, whether it was carried out)."""
+        try:
+            result = yield from path
+        except NbdMirrorError as error:
+            self.world.note(f"command {name}: refused: {error}")
+            return None, False
+        self.world.note(f"command {name}: done")
+        return result, True
+
+    def _retire(self, life: EngineLife) -> Path:
+        """A disk failed: let the engine hand over if it can, then replace the process."""
+        life.retiring = True
+        yield (sleep, self.rng.randrange(300, 1500))
+        if life.node.role is Role.PRIMARY:
+            yield from self._bounded(life, "demote", roles.demote(life.node))
+        self.world.at(50, self.world.life, self.restart, life, self.rng.randrange(200, 2000))
+
+    def _bounded(self, life: EngineLife, name: str, path: Path) -> Path:
+        """A command that is given up when it takes too long; the engine is killed then."""
+        ended: list[bool] = []
+        life.command(name, path, lambda _value, _error: ended.append(True))
+        for _ in range(150):
+            yield (sleep, 100)
+            if ended:
+                return
+
+    def restart(self, life: EngineLife, after_ms: int) -> None:
+        """Kill an engine and start the next one."""
+        if life.alive:
+            life.host.end(power=False)
+            self.world.at(after_ms, self.world.life, life.host.start)
+
+    def _peer_serves(self, life: EngineLife) -> bool:
+        """Whether the heartbeats would tell of a primary that serves."""
+        peer = life.host.peer.life
+        return (
+            self.net.whole
+            and peer is not None
+            and peer.paused_until_ms <= self.world.now_ms
+            and peer.node.role is Role.PRIMARY
+            and not peer.node.frozen
+        )
+
+    def _frozen(self, life: EngineLife) -> Path:
+        node = life.node
+        yield (sleep, self.rng.randrange(50, 1500))
+        if not node.frozen:
+            return
+        if self._must_stop(life) or (not self.sane and self.rng.random() < 0.08):
+            yield from self._try(f"{life.name} demote", roles.demote(node))
+        elif self.arbiter is not None:
+            yield from self._claim(life)
+        elif self._may_split(life):
+            yield from self._try(f"{life.name} alone", roles.alone(node))
+
+    def _may_split(self, life: EngineLife) -> bool:
+        """Without an arbiter: whether this node goes on although the other one might, too."""
+        peer = life.host.peer.life
+        serving = peer is not None and peer.node.role is Role.PRIMARY and peer.node.right
+        return not serving or self.allow_split
+
+    def _primary(self, life: EngineLife) -> Path:
+        node = life.node
+        if self.arbiter is not None and node.right:
+            yield (sleep, self.rng.randrange(100, 900))
+            held = yield from self.arbiter.read()
+            if held is not None and life.node.right and self._deposed(life, held):
+                yield from self._try(f"{life.name} demote", roles.demote(node))
+        elif self._must_stop(life):
+            yield from self._try(f"{life.name} demote", roles.demote(node))
+
+    def _must_stop(self, life: EngineLife) -> bool:
+        """Two primaries at contact: the one that will be the target is stopped first."""
+        peer = life.host.peer.life
+        if peer is None or not peer.ready or peer.node.role is not Role.PRIMARY:
+            return False
+        decision = self.decision() if self.net.whole else None
+        return decision is not None and decision[life.host.index].stop_first
+
+    def _deposed(self, life: EngineLife, held: Held) -> bool:
+        return held.owner == life.host.peer.index
+
+    def _idle(self, life: EngineLife) -> Path:
+        """Not primary: elect when connected, take over after silence."""
+        node = life.node
+        session = node.session
+        if session is None:
+            yield from self._after_silence(life)
+            return
+        yield (sleep, self.rng.randrange(0, 400))
+        if node.session is not session or session.peer_primary or node.role is Role.PRIMARY:
+            return
+        if session.phase is not Phase.SYNCED and not session.sending:
+            return
+        if self._elected(life) or (not self.sane and self.rng.random() < 0.1):
+            yield from self._try(f"{life.name} promote", roles.promote(node))
+
+    def _elected(self, life: EngineLife) -> bool:
+        mine, theirs = life.node, life.host.peer.node
+        if theirs is None:
+            return False
+        was = Flags.WAS_PRIMARY
+        if bool(mine.sb.flags & was) != bool(theirs.sb.flags & was):
+            return bool(mine.sb.flags & was)
+        return life.host.index == 0
+
+    def _after_silence(self, life: EngineLife) -> Path:
+        node = life.node
+        silent_ms = self.world.now_ms - life.silent_since_ms
+        if silent_ms < SILENCE_MS + self.rng.randrange(800) or self._peer_serves(life):
+            return
+        if self.sane and self._will_meet(life) and silent_ms < 20_000:
+            return
+        view = node_view(state_message(node), node.sb.mirror_id, node.sb.node_id)
+        if promotable(view, False, self.arbiter is not None) is not None:
+            return
+        if self.arbiter is not None:
+            yield from self._take_over(life)
+        elif self._may_split(life):
+            yield from self._try(f"{life.name} promote", roles.promote(node))
+
+    def _will_meet(self, life: EngineLife) -> bool:
+        peer = life.host.peer.life
+        return self.net.whole and peer is not None and peer.ready
+
+    # --- the arbiter's record ---------------------------------------------------------------------
+
+    def _take_over(self, life: EngineLife) -> Path:
+        node = life.node
+        assert self.arbiter is not None
+        if node.right:
+            held = yield from self.arbiter.read()
+            if held is None or held.owner != life.host.index:
+                if held is None or Flags.PEER_OUTDATED not in node.sb.flags:
+                    return
+                yield from self._claim(life)
+                return
+        else:
+            yield from self._claim(life)
+        if node.right and node.session is None and not self._peer_serves(life):
+            yield from self._try(f"{life.name} promote", roles.promote(node))
+
+    def _claim(self, life: EngineLife) -> Path:
+        """Rule 11: read, store the proposal, swap, settle by reading."""
+        node, me = life.node, life.host.index
+        assert self.arbiter is not None
+        held = yield from self.arbiter.read()
+        if held is None:
+            return
+        result, done = yield from self._try(
+            f"{life.name} claim", roles.claim(node, held.generation)
+        )
+        if not done:
+            if claim_unsettled(node):
+                yield from self._give_up_claim(life)
+            elif held.owner not in (NOBODY, me) and node.frozen:
+                yield from self._try(f"{life.name} demote", roles.demote(node))
+            return
+        claim: bytes = result["generation"]
+        holds: list[bytes] = result["record_holds"]
+        while not (held.owner == me and held.generation == claim):
+            if held.owner not in (NOBODY, me) or (
+                held.owner == NOBODY and held.generation not in holds
+            ):
+                yield from self._settled(life, claim, won=False)
+                return
+            yield from self.arbiter.swap(held.counter, claim, me)
+            read = None
+            while read is None:
+                yield (sleep, self.rng.randrange(20, 200))
+                read = yield from self.arbiter.read()
+            held = read
+        yield from self._settled(life, claim, won=True)
+
+    def _give_up_claim(self, life: EngineLife) -> Path:
+        """Settle the claim of an earlier life that this one may not pursue.
+
+        The record is written as it is: after that no swap of the earlier life can be applied.
+        """
+        node, claim = life.node, life.node.sb.pending
+        assert self.arbiter is not None
+        won = done = None
+        while not won and not done:
+            held = yield from self.arbiter.read()
+            if held is not None:
+                won = held.owner == life.host.index and held.generation == claim
+                if not won:
+                    done = yield from self.arbiter.swap(held.counter, held.generation, held.owner)
+        if node.sb.pending == claim:
+            yield from self._settled(life, claim, won=bool(won))
+
+    def _settled(self, life: EngineLife, claim: bytes, *, won: bool) -> Path:
+        node = life.node
+        if node.sb.pending_kind is PendingKind.CLAIM and node.sb.pending == claim:
+            path = roles.claimed(node, claim, won=won)
+            yield from self._try(f"{life.name} claimed won={won}", path)
+        elif not won and node.role is Role.PRIMARY:
+            yield from self._try(f"{life.name} demote", roles.demote(node))
+
+    def _record_joint(self, life: EngineLife) -> Path:
+        """Part (b) of the joint step."""
+        node = life.node
+        assert self.arbiter is not None
+        joint = node.sb.pending
+        while node.question == "record-joint" and node.sb.pending == joint:
+            held = yield from self.arbiter.read()
+            if held is None:
+                continue
+            if held.generation == joint:
+                yield from self._try(f"{life.name} recorded", told(roles.recorded, node, joint))
+                return
+            if node.session is None or node.sb.pending_kind is not PendingKind.JOINT:
+                return
+            if node.sb.pending != joint:
+                return
+            yield from self.arbiter.swap(held.counter, joint, NOBODY)
+
+    # --- the operator -----------------------------------------------------------------------------
+
+    def decision(self) -> Any:
+        """What the two nodes would decide at contact, each; None while one is down."""
+        nodes = [host.node for host in self.hosts]
+        if any(node is None for node in nodes):
+            return None
+        views = [
+            node_view(state_message(node), node.sb.mirror_id, node.sb.node_id)
+            for node in nodes
+            if node is not None
+        ]
+        return decide(views[0], views[1]), decide(views[1], views[0])
+
+    def operator(self) -> Path:
+        """Resolve what the nodes leave to an operator, after a while."""
+        while True:
+            yield (sleep, 500)
+            lives = [host.life for host in self.hosts]
+            both = all(life is not None and life.ready for life in lives)
+            decided = self.decision() if both and self.net.whole else None
+            kind = decided[0].kind if decided is not None else None
+            if kind not in (DecisionKind.SPLIT_BRAIN, DecisionKind.ASK, DecisionKind.UNRELATED):
+                self._refused_since_ms = self.world.now_ms
+                continue
+            if self.world.now_ms - self._refused_since_ms < 4000:
+                continue
+            yield from self._resolve(decided)
+            self._refused_since_ms = self.world.now_ms
+
+    def _resolve(self, decided: Any) -> Path:
+        """Keep one copy, discard the other."""
+        if decided[0].kind is DecisionKind.SPLIT_BRAIN:
+            loser = 0 if decided[0].stop_first else 1
+        else:
+            worth = [self._worth(host) for host in self.hosts]
+            loser = 1 if worth[0] >= worth[1] else 0
+        host, keeper = self.hosts[loser], self.hosts[1 - loser]
+        life, kept = host.life, keeper.life
+        if life is None or kept is None:
+            return
+        self.world.note(f"operator: keep {keeper.name} ({decided[0].row})")
+        self.checker.forced = True
+        for _ in range(5):
+            yield from self._bounded(life, "demote", roles.demote(life.node))
+            done = life.node.sb.data_state is DataState.BLANK
+            if not done:
+                _, done = yield from self._try(f"{host.name} discard", roles.discard(life.node))
+            if done:
+                break
+            yield (sleep, 300)
+        else:
+            return
+        if not self._usable(keeper):
+            yield from self._bounded(kept, "demote", roles.demote(kept.node))
+            yield from self._try(f"{keeper.name} force", roles.promote(kept.node, force=True))
+            yield from self._name_in_record(keeper)
+        self.checker.operator_decided(keeper)
+
+    def _name_in_record(self, keeper: Host) -> Path:
+        """Rule 14: a force replaces the record, whatever it holds."""
+        while self.arbiter is not None and keeper.node is not None and keeper.node.right:
+            sb = keeper.node.sb
+            generation = sb.pending if any(sb.pending) else sb.generation
+            held = yield from self.arbiter.read()
+            if held is None:
+                continue
+            if (held.generation, held.owner) == (generation, keeper.index):
+                return
+            yield from self.arbiter.swap(held.counter, generation, keeper.index)
+
+    def _worth(self, host: Host) -> tuple[bool, ...]:
+        """How much an operator would want to keep a copy."""
+        node = host.node
+        if node is None:
+            return (False,)
+        return (
+            node.sb.data_state is not DataState.BLANK,
+            node.sb.data_state is not DataState.INCONSISTENT,
+            self.checker.holders[host.index],
+            self._usable(host),
+        )
+
+    def _usable(self, host: Host) -> bool:
+        """Whether a copy may be a source without an operator's force."""
+        node = host.node
+        return (
+            node is not None
+            and node.sb.data_state is DataState.UPTODATE
+            and Flags.FAILED not in node.sb.flags
+            and not node.fell_back
+            and not node.failed
+        )
+
+
+def told(function: Any, node: Node, generation: bytes) -> Path:
+    """A plain command as a path."""
+    function(node, generation)
+    yield from ()

@@ -1,0 +1,244 @@
+"""A simulated server: its disk, its boots, and the life of one engine on it.
+
+Owns what `nbdmirror.engine` owns in production: it puts the core together with the ports, drives
+its paths, ticks its upkeep and dials. It implements the shell port. It decides nothing.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from nbdmirror.core.dirtymap import DirtyMap
+from nbdmirror.core.durable import Opened
+from nbdmirror.core.geometry import Geometry
+from nbdmirror.core.handshake import Identity
+from nbdmirror.core.node import Node, Settings
+from nbdmirror.core.opening import open_metadata, settle
+from nbdmirror.core.ports import Path
+from nbdmirror.core.superblock import ArbiterKind, DataState, Flags, Superblock, encode
+from nbdmirror.core.upkeep import Upkeep
+from nbdmirror.limits import META_BLOCK_BYTES, MIB, SUPERBLOCK_SLOT_OFFSETS_BYTES
+from tests.sim.disk import Change, SimFile, SimMeta, SimStore
+from tests.sim.world import Life, SimWaiter, Task, World
+
+if TYPE_CHECKING:
+    from tests.sim.checks import Checker
+    from tests.sim.net import Network
+
+DEVICE_BYTES = 160 * MIB
+GEOMETRY = Geometry(DEVICE_BYTES, 4096, MIB)
+MIRROR_ID = bytes([7]) * 16
+TICK_MS = 100
+DIAL_MS = (50, 400)
+
+
+class Host:
+    """One server."""
+
+    def __init__(self, world: World, index: int, net: "Network", checker: "Checker") -> None:
+        self.world = world
+        self.index = index
+        self.name = "AB"[index]
+        self.net = net
+        self.checker = checker
+        self.data = SimFile(world, f"{self.name}/data")
+        self.meta = SimFile(world, f"{self.name}/meta")
+        self.life: EngineLife | None = None
+        self.on_start: Callable[[EngineLife], None] | None = None
+        self.settings = Settings()
+        self.hot_regions_max = 0
+        self.power_count = 0
+        self.boot_id = self._random(16)
+        self.sb: Superblock
+        self.peer: Host
+
+    def _random(self, count: int) -> bytes:
+        return self.world.rng["shell"].randbytes(count)
+
+    # --- creation -------------------------------------------------------------------------------
+
+    def create(self, *, creator: bool, arbiter: ArbiterKind, zeroed: bool) -> None:
+        """Make the metadata, as `metadata create` does, durable."""
+        state = DataState.UPTODATE if creator else DataState.BLANK
+        flags = Flags.SPARSE | (Flags.ALONE if creator else Flags(0))
+        self.sb = Superblock(
+            mirror_id=MIRROR_ID,
+            mirror_name="sim",
+            node_id=self.index + 1,
+            node_uuid=self._random(16),
+            device_bytes=DEVICE_BYTES,
+            extent_bytes=GEOMETRY.extent_bytes,
+            region_bytes=GEOMETRY.region_bytes,
+            map_id=self._random(16),
+            arbiter=arbiter,
+            generation=self._random(16) if creator else bytes(16),
+            data_state=state,
+            flags=flags | (Flags.ZEROED if zeroed else Flags(0)),
+        )
+        for offset in SUPERBLOCK_SLOT_OFFSETS_BYTES:
+            self.meta.apply(Change(offset, offset + META_BLOCK_BYTES, encode(self.sb)))
+        clean = DirtyMap(GEOMETRY, self.sb.map_id)
+        for index in range(GEOMETRY.page_count):
+            page = clean.begin_page(index, self.sb.generation)
+            self.meta.apply(Change(page.offset, page.offset + META_BLOCK_BYTES, page.block))
+        self.meta.make_durable(list(self.meta.pending))
+
+    # --- life and death -------------------------------------------------------------------------
+
+    @property
+    def node(self) -> Node | None:
+        """The core of the running engine."""
+        return self.life.node if self.life is not None else None
+
+    def judge(self) -> Opened:
+        """What an engine would find that started now. Raises MetadataError."""
+        meta = SimMeta(self.meta, GEOMETRY.metadata_bytes, lambda _sb: None)
+        mount_id = bytes(reversed(self.boot_id))
+        return open_metadata(
+            meta.read_slots(), meta.read_ring(), meta.read_map(), self.boot_id, mount_id
+        )
+
+    def start(self) -> None:
+        """Start an engine, if none runs."""
+        if self.life is not None:
+            return
+        self.world.note(f"{self.name} starts")
+        self.life = EngineLife(self)
+        self.life.begin()
+
+    def end(self, *, power: bool) -> None:
+        """Kill the engine, or cut the power of the host."""
+        life, self.life = self.life, None
+        self.world.note(f"{self.name} {'loses power' if power else 'is killed'}")
+        if life is not None:
+            life.alive = False
+            life.end_clients()
+            self.net.kill(life, power=power)
+        rng = self.world.rng["disk"]
+        self.data.end_life(rng, power=power)
+        self.meta.end_life(rng, power=power)
+        if power:
+            self.power_count += 1
+            self.boot_id = self._random(16)
+        self.sb = self.judge().superblock
+        self.checker.ended_life(self, power=power)
+
+    def pause(self, duration_ms: int) -> None:
+        """Run nothing of the engine for a while."""
+        if self.life is not None:
+            self.world.note(f"{self.name} pauses for {duration_ms} ms")
+            self.life.paused_until_ms = self.world.now_ms + duration_ms
+
+
+class EngineLife(Life):
+    """One engine, from its start to its death; the shell port of its core."""
+
+    def __init__(self, host: Host) -> None:
+        super().__init__(host.name)
+        self.host = host
+        self.world = host.world
+        self.ready = False
+        self.retiring = False
+        self.clients: dict[int, Callable[[], None]] = {}
+        self.silent_since_ms = self.world.now_ms
+        opened = host.judge()
+        instance = self.random_bytes(16)
+        self.store = SimStore(host.data, DEVICE_BYTES)
+        self.store.on_write = self._on_write
+        meta = SimMeta(host.meta, GEOMETRY.metadata_bytes, self._on_store)
+        self.opened = opened
+        self.node = Node(self, self.store, meta, opened, host.settings, instance)
+        if host.hot_regions_max:
+            self.node.log.capacity = host.hot_regions_max
+        self.upkeep = Upkeep(self.node)
+        sb = opened.superblock
+        self.identity = Identity(sb.mirror_id, sb.node_id, sb.node_uuid, instance)
+
+    def begin(self) -> None:
+        """Make the judgement of the opening durable, then serve."""
+        self.world.spawn(self, "settle", settle(self.node, self.opened), self._settled)
+
+    def _settled(self, _value: Any, error: Exception | None) -> None:
+        if error is not None:
+            self.world.note(f"{self.name} does not start: {error}")
+            self.world.at(1, self.world.life, self._give_up)
+            return
+        self.ready = True
+        self.tick()
+        if self.host.index == 0:
+            self._dial()
+        if self.host.on_start is not None:
+            self.host.on_start(self)
+
+    def _give_up(self) -> None:
+        if self.alive:
+            self.host.end(power=False)
+
+    def tick(self) -> None:
+        """The clock of the engine."""
+        self.upkeep.tick(self.world.now_ms)
+        if self.node.session is not None:
+            self.silent_since_ms = self.world.now_ms
+        self.world.at(TICK_MS, self, self.tick)
+
+    def _dial(self) -> None:
+        peer = self.host.peer.life
+        if peer is not None and peer.ready and not self.host.net.has_open(self):
+            self.host.net.dial(self, peer)
+        delay_ms = self.world.rng["net"].randrange(*DIAL_MS)
+        self.world.at(delay_ms, self, self._dial)
+
+    def end_clients(self) -> None:
+        """The engine is dead: nobody answers its clients."""
+        waiting, self.clients = self.clients, {}
+        for gone in waiting.values():
+            gone()
+
+    # --- hooks of the checks --------------------------------------------------------------------
+
+    def _on_write(self, offset: int, end: int) -> None:
+        assert self.world.running is not None
+        self.host.checker.write_starts(self.host, self.world.running.name, offset, end)
+
+    def _on_store(self, superblock: Superblock) -> None:
+        before, self.host.sb = self.host.sb, superblock
+        self.host.checker.superblock_stored(self.host, before, superblock)
+
+    # --- the shell port -------------------------------------------------------------------------
+
+    def waiter(self) -> SimWaiter:
+        """A fresh waiter."""
+        return SimWaiter()
+
+    def spawn(self, name: str, path: Path) -> None:
+        """Drive a path beside the caller."""
+        self.world.spawn(self, name, path)
+
+    def spawn_replica(self, path: Path) -> None:
+        """The same here: the scheduler decides when it runs."""
+        self.world.spawn(self, "replica", path)
+
+    def pace(self, count: int) -> None:
+        """The simulated resync is not held back."""
+
+    def random_bytes(self, count: int) -> bytes:
+        """Seeded."""
+        return self.world.rng["shell"].randbytes(count)
+
+    def emit(self, kind: str, **facts: object) -> None:
+        """Into the trace, and to the checks."""
+        told = " ".join(f"{name}={value}" for name, value in facts.items())
+        self.world.note(f"{self.name} {kind} {told}")
+        self.host.checker.emitted(self.host, kind, facts)
+
+    def command(
+        self, name: str, path: Path, done: Callable[[Any, Exception | None], None] | None = None
+    ) -> Task:
+        """Drive a command beside everything else; its result goes to the trace."""
+
+        def ended(value: Any, error: Exception | None) -> None:
+            told = f"refused: {error}" if error is not None else "done"
+            self.world.note(f"{self.name} command {name}: {told}")
+            if done is not None:
+                done(value, error)
+
+        return self.world.spawn(self, name, path, ended)

@@ -1,0 +1,365 @@
+"""Mutants of the rules about data: 1 to 8 and 13."""
+
+from typing import Final
+
+from tests.sim.mutants.mutant import Mutant, core
+
+DATA: Final = (
+    # --- 1: on both, or on one that durably knows ------------------------------------------------
+    Mutant(
+        "ack-before-peer", 1,
+        "a write is acknowledged before the peer has it: lost when this node dies",
+        core("io", "        session.submit(operation)\n        return version, session\n",
+             "        session.submit(operation)\n        operation.settle(Verdict.ACKNOWLEDGED)\n"
+             "        return version, session\n"),
+        quick=True,
+    ),
+    Mutant(
+        "alone-without-marking", 1,
+        "a write acknowledged alone is not in the map: the peer never gets it",
+        core("io",
+             "        node.dirty.mark(offset, end)\n        operation.verdict = Verdict.ALONE\n",
+             "        operation.verdict = Verdict.ALONE\n"),
+        quick=True,
+    ),
+    Mutant(
+        "generation-skipped", 1,
+        "a write alone under the common generation: the peer, promoted later, seems to be equal",
+        core("io", "        yield from node.begin_generation()\n", "        yield from ()\n"),
+        quick=True,
+    ),
+    # --- 2: intent before data -------------------------------------------------------------------
+    Mutant(
+        "intent-late", 2,
+        "data is written before its intent is durable: a crash leaves a difference nobody knows",
+        core("io", "                        yield from node.commit(version)\n",
+             "                        node.shell.spawn('intent', node.commit(version))\n"),
+        quick=True,
+    ),
+    Mutant(
+        "replica-intent-late", 2,
+        "the same on the receiving node",
+        core("replica", "            yield from node.commit(version)\n",
+             "            node.shell.spawn('intent', node.commit(version))\n"),
+        quick=True,
+    ),
+    Mutant(
+        "evict-without-pages", 2,
+        "a region leaves the log while its dirty extents are in memory only",
+        core("durable",
+             "        yield from self.save_pages(\n"
+             "            sorted({page for r in regions for page in"
+             " self.dirty.unsaved_pages_of_region(r)})\n        )\n"
+             "        gone = [\n            r\n            for r in regions\n"
+             "            if self.log.is_evictable(r, limit) and not"
+             " self.dirty.unsaved_pages_of_region(r)\n        ]\n",
+             "        yield from ()\n        gone = regions\n"),
+        sequences=("evicted_region_is_in_the_map",), quick=True,
+    ),
+    Mutant(
+        "evict-unstable", 2,
+        "a region leaves the log before both nodes have flushed it",
+        core("node", "            limit = min(limit, self.stable_seq)\n",
+             "            limit = self.seq\n"),
+        sequences=("unflushed_region_stays_hot",), quick=True,
+    ),
+    Mutant(
+        "hot-not-dirty", 2,
+        "regions hot at a crash are not compared with the peer",
+        core("opening", "            dirty.mark_region(region, suspect=True)\n",
+             "            del region\n"),
+        sequences=("target_map_cut_off",), quick=True,
+    ),
+    Mutant(
+        "intent-failure-ignored", 2,
+        "data is written although its intent could not be",
+        core("durable", "                log.abort_commit(begun)\n                raise\n",
+             "                log.abort_commit(begun)\n                return\n"),
+        sequences=("intent_not_written",), quick=True,
+    ),
+    # --- 3: what becomes and stays dirty ---------------------------------------------------------
+    Mutant(
+        "clear-on-copy", 3,
+        "a bit goes when its copy is sent, not when it is flushed there",
+        core("resync",
+             "    node.pending_clear.append((node.seq, offset // size,"
+             " (end + size - 1) // size))\n",
+             "    node.dirty.clear(offset // size, (end + size - 1) // size)\n"),
+        sequences=("target_dies_in_resync",), quick=True,
+    ),
+    Mutant(
+        "forget-unflushed", 3,
+        "what the peer acknowledged but did not flush is forgotten when it is lost",
+        core("node",
+             "        for _, offset, end in self.unflushed:\n"
+             "            self.dirty.mark(offset, end)\n", ""),
+        budget_count=200,
+    ),
+    Mutant(
+        "forget-in-flight", 3,
+        "what was in flight when the peer went is not marked",
+        (
+            *core("node",
+                  "            if operation.end > operation.offset:\n"
+                  "                self.dirty.mark(operation.offset, operation.end)\n",
+                  "            del operation\n"),
+            # The list of what is not flushed names them, too: defence in depth, off here.
+            *core("io",
+                  "        # Frozen: if the session is resumed this goes out under the same"
+                  " number.\n"
+                  "        node.remember_unflushed(seq, offset, end)\n",
+                  "        pass\n"),
+        ),
+        sequences=("frozen_then_alone",), quick=True,
+    ),
+    Mutant(
+        "fenced-forgotten", 3,
+        "a frozen write whose outcome is unknown stays on one copy, unmarked",
+        (
+            *core("node",
+                  "            if operation.end > operation.offset and operation.verdict is None:\n"
+                  "                self.mark_different(operation.offset, operation.end)\n", ""),
+            *core("io",
+                  "        # Frozen: if the session is resumed this goes out under the same"
+                  " number.\n"
+                  "        node.remember_unflushed(seq, offset, end)\n",
+                  "        pass\n"),
+        ),
+        sequences=("second_claim_loses",), quick=True,
+    ),
+    Mutant(
+        "late-clear", 3,
+        "the clear of an older copy takes the mark of what differs since",
+        core("node",
+             "            copy for copy in self.pending_clear if copy[2] <= first or"
+             " last <= copy[1]\n",
+             "            copy for copy in self.pending_clear if first <= last\n"),
+        sequences=("no_space_during_resync",), quick=True,
+    ),
+    Mutant(
+        "stable-before-local", 3,
+        "a flush of both is taken to cover writes that are not yet on the local file",
+        core("io", "            return operation.seq - 1\n", "            return node.seq\n"),
+    ),
+    # --- 4: equal bytes --------------------------------------------------------------------------
+    Mutant(
+        "no-range-lock", 4,
+        "overlapping writes reach the two files in different orders",
+        core("ranges",
+             "            if start < other.end and other.start < end and"
+             " (exclusive or other.exclusive):\n",
+             "            if start > end and other.exclusive:\n"),
+        quick=True,
+    ),
+    Mutant(
+        "read-ignores-writes", 4,
+        "a read shows what a failover takes back",
+        core("io", "    hold = node.locks.acquire(offset, offset + len(buffer), False)\n",
+             "    hold = node.locks.acquire(1 << 62, (1 << 62) + 1, False)\n"),
+        quick=True,
+    ),
+    Mutant(
+        "resync-without-lock", 4,
+        "the resync reads while a client writes, and sends the older bytes after the newer ones",
+        core("resync",
+             "    hold = node.locks.acquire(offset, end, False)\n    try:\n"
+             "        if hold.waiter is not None:\n            yield (hold.waiter.wait,)\n"
+             "        buffer = ",
+             "    hold = node.locks.acquire(1 << 62, (1 << 62) + 1, False)\n    try:\n"
+             "        if hold.waiter is not None:\n            yield (hold.waiter.wait,)\n"
+             "        buffer = "),
+    ),
+    # --- 5: flushes and failures -----------------------------------------------------------------
+    Mutant(
+        "flush-local-only", 5,
+        "a flush is acknowledged when it is done on this node",
+        core("io",
+             "    node.require_primary()\n    yield from flush_pair(node)\n"
+             "    node.require_primary()\n",
+             "    node.require_primary()\n    yield (node.store.fdatasync,)\n"),
+        quick=True,
+    ),
+    Mutant(
+        "replica-flush-lies", 5,
+        "the peer reports a flush that it did not do",
+        core("replica",
+             "            yield (node.store.fdatasync,)\n"
+             "            session.flush_done_seq = seq\n",
+             "            yield (node.shell.pace, 0)\n            session.flush_done_seq = seq\n"),
+        quick=True,
+    ),
+    Mutant(
+        "replica-flush-overstates", 5,
+        "the peer reports what it applied while the flush ran as durable",
+        core("replica",
+             "            seq = session.applied_seq\n            yield (node.store.fdatasync,)\n",
+             "            yield (node.store.fdatasync,)\n            seq = session.applied_seq\n"),
+    ),
+    Mutant(
+        "local-failure-acknowledged", 5,
+        "a write that failed here is acknowledged because the peer has it",
+        core("io",
+             "                    yield from local_failure("
+             "node, operation, as_store_error(error))\n"
+             "                operation.local_done = True\n",
+             "                    del error\n"
+             "                operation.local_done = True\n"),
+        sequences=("local_disk_fails",), quick=True,
+    ),
+    Mutant(
+        "failed-copy-compared", 5,
+        "a copy whose sync failed is compared by its page cache, which shows what the disk lost",
+        core("negotiate", "rewrite=Flags.FAILED in theirs.flags", "rewrite=False"),
+        sequences=("remote_flush_fails",), quick=True,
+    ),
+    Mutant(
+        "failed-sync-forgotten", 5,
+        "a sync that failed is tried again and believed",
+        core("node", "            self.note_failure(str(error))\n            raise\n\n"
+             "    def note_failure",
+             "            raise\n\n    def note_failure"),
+        sequences=("failed_sync_is_remembered",), quick=True,
+    ),
+    # --- 6: fenced by session --------------------------------------------------------------------
+    Mutant(
+        "promotion-does-not-wait", 6,
+        "the gate opens while frames of the old session are still being written",
+        core("roles",
+             "        node.lose_session(session, \"promoted\")\n    yield from node.quiesce()\n",
+             "        node.lose_session(session, \"promoted\")\n"),
+        sequences=("promoted_while_applying",), quick=True,
+    ),
+    Mutant(
+        "closed-session-applied", 6,
+        "frames of a closed session are applied",
+        core("replica",
+             "            if not session.live:\n"
+             "                raise SessionLostError(session.reason)\n", ""),
+        sequences=("promoted_while_applying",), quick=True,
+    ),
+    # --- 7: metadata -----------------------------------------------------------------------------
+    Mutant(
+        "memory-before-disk", 7,
+        "a state is used before it is durable",
+        core("durable",
+             "            yield (self.meta.write_superblock, wanted)\n"
+             "            self.sb = wanted\n",
+             "            self.sb = wanted\n"
+             "            yield (self.meta.write_superblock, wanted)\n"),
+    ),
+    Mutant(
+        "fall-back-forgotten", 7,
+        "a node that had to use an older superblock is promoted and leads",
+        core("opening",
+             "        fell_back=chosen.fell_back or bool(sb.flags & Flags.FELL_BACK),\n",
+             "        fell_back=False,\n"),
+        sequences=("torn_superblock",), quick=True,
+    ),
+    Mutant(
+        "damaged-log-is-clean", 7,
+        "a damaged intent log counts as empty",
+        core("opening", "        dirty.mark_all(suspect=True)\n", "        pass\n"),
+        sequences=("damaged_log",), quick=True,
+    ),
+    Mutant(
+        "damaged-page-is-clean", 7,
+        "a damaged page of the map counts as clean",
+        core("dirtymap",
+             "            extents = self.geometry.extents_of_page(index)\n"
+             "            self._set(extents.start, extents.stop)\n",
+             "            extents = self.geometry.extents_of_page(index)\n"),
+        sequences=("damaged_map",), quick=True,
+    ),
+    # --- 8: bounds -------------------------------------------------------------------------------
+    Mutant(
+        "no-ack-timeout", 8,
+        "a peer that answers echoes but no write freezes the clients for ever",
+        core("upkeep", "        if now_ms - self.acked_mark[1] > timeout:\n",
+             "        if timeout < 0:\n"),
+        sequences=("peer_disk_hangs",), quick=True,
+    ),
+    Mutant(
+        "no-echo-timeout", 8,
+        "a connection that is half open stays for ever",
+        core("upkeep", "        elif now_ms - self.heard_ms > timeout:\n",
+             "        elif timeout < 0:\n"),
+        sequences=("idle_link_cut",), quick=True,
+    ),
+    Mutant(
+        "no-local-bound", 8,
+        "a disk that does not return freezes the primary for ever beside a good peer",
+        core("upkeep", "            if now_ms - self.local_mark[1] > limit_ms:\n",
+             "            if limit_ms < 0:\n"),
+        sequences=("local_disk_hangs",), quick=True,
+    ),
+    Mutant(
+        "no-window-bound", 8,
+        "a peer that does not read makes this node hold everything in memory",
+        core("session", "        ) or not self.live\n\n    def room",
+             "        ) or True\n\n    def room"),
+        sequences=("window_is_bounded",), quick=True,
+    ),
+    # --- 13: before the target is written off ----------------------------------------------------
+    Mutant(
+        "target-not-marked", 13,
+        "a half-written target still says that it is up to date",
+        core("negotiate",
+             "        yield from node.change(while_live(session, inconsistent))\n"
+             "        require_live(session)\n",
+             "        require_live(session)\n"),
+        quick=True,
+    ),
+    Mutant(
+        "source-not-flushed", 13,
+        "the target is written off while the source has the data in its page cache only",
+        (
+            *core("negotiate",
+                  "    yield from node.sync()\n    end = yield from session.expect(MapEnd)\n",
+                  "    end = yield from session.expect(MapEnd)\n"),
+            *core("negotiate",
+                  "    yield from node.sync()\n"
+                  "    yield from node.save_pages(node.dirty.unsaved_pages())\n"
+                  "    require_live(session)\n    session.tell(UnionStored",
+                  "    yield from node.save_pages(node.dirty.unsaved_pages())\n"
+                  "    require_live(session)\n    session.tell(UnionStored"),
+        ),
+        sequences=("source_flushes_before_target_is_written_off",), quick=True,
+    ),
+    Mutant(
+        "equal-means-clean", 13,
+        "equal generations count as equal data",
+        core("decide", "    if pair.mine.dirty or pair.theirs.dirty or _has_right(",
+             "    if _has_right("),
+        sequences=("secondary_loses_power_idle",), quick=True,
+    ),
+    Mutant(
+        "unflushed-not-told", 13,
+        "only the map counts at contact, not what is in flight or not flushed",
+        core("view", "    return max(node.dirty.count, int(pending))\n",
+             "    del pending\n    return node.dirty.count\n"),
+    ),
+    Mutant(
+        "their-map-ignored", 13,
+        "what only the target calls dirty is not copied",
+        core("dispatch", "        node.dirty.merge_page(message.index, message.payload)\n",
+             "        pass\n"),
+        sequences=("target_map_cut_off",), quick=True,
+    ),
+    Mutant(
+        "target-forgets-first", 13,
+        "the target clears its map before the source has stored the union",
+        core("negotiate",
+             "    first = yield from session.expect_any((UnionStored, SourceBegin))\n",
+             "    node.dirty.clear(0, node.geometry.extent_count)\n"
+             "    first = yield from session.expect_any((UnionStored, SourceBegin))\n"),
+        sequences=("target_map_cut_off",), quick=True,
+    ),
+    Mutant(
+        "no-drain", 13,
+        "dirty extents stay while the peer is connected",
+        core("upkeep",
+             "    if session is not None and session.phase is Phase.SYNCED and node.dirty.any():\n",
+             "    if session is not None and node.failed:\n"),
+        sequences=("dirty_in_sync_drains",), quick=True,
+    ),
+)  # fmt: skip

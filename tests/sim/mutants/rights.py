@@ -1,0 +1,245 @@
+"""Mutants of the rules about the right to acknowledge and about leaving: 9 to 12, 14, 16, 19, and
+of the decision at contact. Every rule of the model (tests/model) that can be taken away is here.
+"""
+
+from typing import Final
+
+from tests.sim.mutants.mutant import Edit, Mutant, core
+
+RIGHTS: Final = (
+    # --- 9: the joint step -----------------------------------------------------------------------
+    Mutant(
+        "joint-keeps-right", 9,
+        "(a) skipped: the source may still acknowledge alone after the target has taken J",
+        core("joint", "            flags=sb.flags & ~(Flags.ALONE | Flags.PEER_OUTDATED),\n",
+             "            flags=sb.flags,\n"),
+        quick=True,
+    ),
+    Mutant(
+        "joint-right-in-memory", 9,
+        "a session lost while (a) is stored goes on alone under a right that is being given up",
+        core("joint", "    node.giving_up = True\n", "    node.giving_up = False\n"),
+        sequences=("cut_in_joint_step",),
+    ),
+    Mutant(
+        "joint-without-record", 9,
+        "(b) skipped: the record still names the source, which may claim again",
+        core("joint", "    yield from record(node, session, generation)\n", ""),
+        arbiters=("memory",), quick=True,
+    ),
+    Mutant(
+        "joint-source-first", 9,
+        "(c) and (d) swapped: the source takes J before the target",
+        core("joint", "    session.tell(JointTake(generation=generation, last_seq=node.seq))\n",
+             "    yield from node.change(node.joined(session, generation, keep_primary=True))\n"
+             "    session.tell(JointTake(generation=generation, last_seq=node.seq))\n"),
+        quick=True,
+    ),
+    Mutant(
+        "joint-target-not-flushed", 9,
+        "the target takes J while what it received is in its page cache",
+        core("replica",
+             "        yield (node.store.fdatasync,)\n        yield from take_joint",
+             "        yield from take_joint"),
+    ),
+    Mutant(
+        "joint-not-mine", 9,
+        "(pendrow) a joint generation that is pending does not count as mine at contact",
+        core("decide",
+             "        self.my_held = _real((mine.generation, mine.pending))\n"
+             "        self.their_held = _real((theirs.generation, theirs.pending))\n",
+             "        self.my_held = _real((mine.generation,))\n"
+             "        self.their_held = _real((theirs.generation,))\n"),
+        sequences=("joint_taken_is_lost",), quick=True,
+    ),
+    Mutant(
+        "joint-base-forgotten", 9,
+        "the source does not remember what the target may be found with after a broken joint step",
+        core("negotiate",
+             "        lambda sb: replace(sb, base=add_base(sb.base, theirs.generation,"
+             " theirs.pending))\n",
+             "        lambda sb: sb\n"),
+    ),
+    Mutant(
+        "joint-pending-replaced", 9,
+        "(joint) the next step forgets the joint generation that the target may have taken",
+        core("joint",
+             "    generation = node.sb.pending if again else node.shell.random_bytes(16)\n",
+             "    generation = node.shell.random_bytes(16)\n"),
+        sequences=("joint_step_broken_off_again",), quick=True,
+    ),
+    Mutant(
+        "record-only-from-mine", 9,
+        "(reseed) the record is set only from what the source knows: the pair never gets in sync",
+        (Edit("tests/sim/commander.py",
+              "            if node.session is None or node.sb.pending_kind is not"
+              " PendingKind.JOINT:\n",
+              "            if held.generation != node.sb.generation or node.session is None:\n"),),
+        arbiters=("memory",),
+    ),
+    # --- 10: freeze, flush, then the right -------------------------------------------------------
+    Mutant(
+        "alone-without-flush", 10,
+        "(flushfirst) the right is taken over data that a power cut takes back",
+        core("roles",
+             "    yield from node.sync()\n    fresh = node.shell.random_bytes(16)\n"
+             "    yield from node.change(\n",
+             "    fresh = node.shell.random_bytes(16)\n    yield from node.change(\n"),
+        arbiters=("none",), sequences=("alone_flushes_first",), quick=True,
+    ),
+    Mutant(
+        "claim-without-flush", 10,
+        "(flushfirst) the same before a claim at the arbiter",
+        core("roles",
+             "    yield from node.sync()\n    holds = record_may_hold(node)\n",
+             "    holds = record_may_hold(node)\n"),
+        arbiters=("memory",), sequences=("claim_flushes_first",), quick=True,
+    ),
+    Mutant(
+        "take-over-without-flush", 10,
+        "(flushfirst) the same at a take-over without an arbiter",
+        core("roles",
+             "    yield from node.sync()\n    claim = node.shell.random_bytes(16)\n",
+             "    claim = node.shell.random_bytes(16)\n"),
+        arbiters=("none",), sequences=("take_over_flushes_first",), quick=True,
+    ),
+    Mutant(
+        "stay-without-flush", 10,
+        "the peer's word of leaving is relied on before the data is durable here",
+        core("leave",
+             "    yield from node.sync()\n    if node.sb.pending != NO_GENERATION",
+             "    if node.sb.pending != NO_GENERATION"),
+        sequences=("leave_under_load",), quick=True,
+    ),
+    # --- 11: the right is taken at the decision --------------------------------------------------
+    Mutant(
+        "claim-forgotten", 11,
+        "(pend) a restart forgets the claim that the record may hold",
+        core("opening", "        flags = sb.flags & ~Flags.CLEAN\n",
+             "        flags = sb.flags & ~Flags.CLEAN\n"
+             "        if sb.pending_kind.name == 'CLAIM':\n"
+             "            none = type(sb.pending_kind)(0)\n"
+             "            sb = replace(sb, pending=bytes(16), pending_kind=none)\n"),
+        arbiters=("memory",), sequences=("claim_applied_then_killed",),
+    ),
+    Mutant(
+        "claim-unsettled-meets", 11,
+        "(resolve) the two go on as a pair while a claim may still be applied",
+        core("negotiate", "    if claim_unsettled(node):\n        raise",
+             "    if node.stopping:\n        raise"),
+        arbiters=("memory",), sequences=("claim_applied_late",),
+    ),
+    Mutant(
+        "alone-unasked", 11,
+        "a primary goes on alone although the arbiter has to agree",
+        core("roles",
+             "    if node.arbiter_has_memory:\n"
+             "        raise RefusedError(\"alone: the arbiter decides; use claim and claimed\")\n",
+             ""),
+        sequences=("arbiter_has_to_agree",), quick=True,
+    ),
+    Mutant(
+        "take-over-unasked", 11,
+        "a secondary is promoted without the record",
+        core("roles", "    if node.arbiter_has_memory and not force:\n",
+             "    if node.failed and not force:\n"),
+        sequences=("arbiter_has_to_agree",), quick=True,
+    ),
+    Mutant(
+        "generation-without-base", 11,
+        "a line alone forgets where it left the peer: no map fits any more",
+        core("durable", "            base = add_base(sb.base, sb.generation)\n",
+             "            base = sb.base\n"),
+        sequences=("peer_dies_alone_writes",), quick=True,
+    ),
+    # --- 12: the page cache ----------------------------------------------------------------------
+    Mutant(
+        "power-cut-ignored", 12,
+        "(reb) a node that lost its page cache takes over without acknowledged writes",
+        core("decide", "    if not view.cache_survived and not _may_resume(",
+             "    if view.fell_back and not _may_resume("),
+        sequences=("power_cut_bars_promotion",), quick=True,
+    ),
+    Mutant(
+        "boot-ignored", 12,
+        "another boot counts as the same life",
+        core("opening",
+             "    same_life = sb.boot_id == boot_id and sb.mount_id == mount_id and any(boot_id)\n",
+             "    same_life = any(boot_id)\n"),
+        sequences=("power_cut_bars_promotion",), quick=True,
+    ),
+    # --- 14: what is never promoted or a source --------------------------------------------------
+    Mutant(
+        "inconsistent-promoted", 14,
+        "a half-synced copy becomes primary",
+        (
+            *core("decide", "    if view.data_state is not DataState.UPTODATE:\n        return 14",
+                  "    if view.data_state is DataState.BLANK:\n        return 14"),
+            *core("roles",
+                  "        if sb.data_state is not DataState.UPTODATE and \"data_state\" not in"
+                  " changes:\n",
+                  "        if sb.data_state is DataState.BLANK and \"data_state\" not in"
+                  " changes:\n"),
+        ),
+        sequences=("source_dies_in_resync", "left_node_does_not_start"), quick=True,
+    ),
+    Mutant(
+        "inconsistent-leads", 14,
+        "a half-synced copy is a source",
+        core("decide", "frozenset({DataState.UPTODATE, DataState.OUTDATED})",
+             "frozenset({DataState.UPTODATE, DataState.OUTDATED, DataState.INCONSISTENT})"),
+        sequences=("source_dies_in_resync",),
+    ),
+    # --- 16: leaving -----------------------------------------------------------------------------
+    Mutant(
+        "leave-without-answer", 16,
+        "the last one to stop is outdated: nobody can start",
+        core("leave",
+             "    if not answer.stay or answer.generation != node.sb.generation or not"
+             " session.live:\n", "    if not session.live:\n"),
+        sequences=("both_stop_at_once",), quick=True,
+    ),
+    Mutant(
+        "leaver-stays", 16,
+        "a node that is leaving itself answers that it stays",
+        core("leave",
+             "    elif node.stopping or node.changing in (\"leave\", \"stop\"):\n",
+             "    elif node.failed and node.stopping:\n"),
+        sequences=("both_stop_at_once",), quick=True,
+    ),
+    Mutant(
+        "leave-not-stored", 16,
+        "a node says that it is outdated before it is",
+        core("leave",
+             "    yield from node.change(lambda sb: replace(sb, data_state=DataState.OUTDATED))\n",
+             ""),
+        sequences=("left_node_does_not_start",), quick=True,
+    ),
+    # --- contact: split brain, roll-back, replay -------------------------------------------------
+    Mutant(
+        "split-brain-resolved", 19,
+        "one of two lines of acknowledged writes is overwritten without an operator",
+        core("decide",
+             "        _fixed(DecisionKind.SPLIT_BRAIN), _nobody,\n"
+             "        \"Split brain: nodes {low} and {high} both went on alone",
+             "        _fixed(DecisionKind.COPY_BY_MAP), _lower_id,\n"
+             "        \"Split brain: nodes {low} and {high} both went on alone"),
+        arbiters=("none",), sequences=("both_alone",), quick=True,
+    ),
+    Mutant(
+        "roll-back-unseen", 9,
+        "a node restored from a backup is believed because its generation fits",
+        core("decide",
+             "        self.mine_rolled = mine.own_txn < theirs.peer_txn\n"
+             "        self.theirs_rolled = theirs.own_txn < mine.peer_txn\n",
+             "        self.mine_rolled = self.theirs_rolled = False\n"),
+        sequences=("rolled_back",), quick=True,
+    ),
+    Mutant(
+        "replay-with-gaps", 4,
+        "a session goes on although the primary no longer has all that the peer lacks",
+        core("negotiate",
+             "    if applied > node.seq or wanted != list(range(applied + 1, node.seq + 1)):\n",
+             "    if applied > node.seq:\n        del wanted\n"),
+    ),
+)  # fmt: skip

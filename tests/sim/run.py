@@ -1,0 +1,206 @@
+"""One seed, from the creation of the mirror to two equal copies.
+
+Owns the course of a run: chaos, then quiet, then the demand that the pair comes together again (the
+liveness mode), then the last comparison. `python -m tests.sim` runs many of them.
+"""
+
+import traceback
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from nbdmirror.core.node import Settings, is_write
+from nbdmirror.core.superblock import ArbiterKind
+from nbdmirror.limits import MIB
+from tests.sim.abstract import Abstract
+from tests.sim.arbiter import Arbiter
+from tests.sim.checks import Checker
+from tests.sim.client import Client
+from tests.sim.commander import Commander
+from tests.sim.faults import Faults
+from tests.sim.host import Host
+from tests.sim.net import Network
+from tests.sim.world import ViolationError, World
+
+ARBITERS = ("none", "memory")
+STEPS_MAX = 2_000_000
+CALM_MS = 90_000
+# Seed, arbiter, whether to keep the whole trace.
+Job: TypeAlias = tuple[int, str, bool]
+
+
+@dataclass
+class Result:
+    """What one seed did."""
+
+    seed: int
+    arbiter: str
+    digest: str = ""
+    steps: int = 0
+    virtual_ms: int = 0
+    faults: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    violation: str = ""
+    trace: list[str] = field(default_factory=list)
+
+
+class Simulation:
+    """The parts of one run, put together."""
+
+    def __init__(self, seed: int, arbiter: str, *, keep_trace: bool = False) -> None:
+        self.world = world = World(seed, keep_trace=keep_trace)
+        memory = arbiter == "memory"
+        self.checker = checker = Checker(world, memory=memory)
+        self.net = net = Network(world)
+        self.hosts = hosts = (Host(world, 0, net, checker), Host(world, 1, net, checker))
+        hosts[0].peer, hosts[1].peer = hosts[1], hosts[0]
+        checker.hosts = hosts
+        rng = world.rng["setup"]
+        kind = ArbiterKind.ETCD if memory else ArbiterKind.NONE
+        zeroed = rng.random() < 0.6
+        settings = Settings(
+            flush_bytes=rng.choice((64 * 1024, MIB, 64 * MIB)),
+            flush_interval_ms=rng.choice((200, 500, 3000)),
+        )
+        hot_regions_max = rng.choice((0, 6, 12))
+        for host in hosts:
+            host.settings = settings
+            host.hot_regions_max = hot_regions_max
+            host.create(creator=host.index == 0, arbiter=kind, zeroed=zeroed)
+        self.arbiter = Arbiter(world, hosts[0].sb.generation, 0) if memory else None
+        checker.record = self.arbiter
+        self.commander = Commander(world, hosts, net, checker, self.arbiter)
+        for host in hosts:
+            host.on_start = self.commander.attach
+        self.client = Client(world, hosts, checker)
+        self.faults = Faults(world, hosts, net, checker, self.commander)
+        self.chaos_ms = rng.choice((3_000, 6_000, 10_000))
+        self.slots = rng.choice((1, 3, 5))
+        self.abstract = Abstract(hosts, self.arbiter, checker)
+        world.after_step = self.after_step
+
+    def after_step(self) -> None:
+        """Every event is followed by the checks."""
+        self.abstract.step()
+        self.checker.step()
+
+    def start(self) -> None:
+        """Both engines, the operator, the clients."""
+        world = self.world
+        for host in self.hosts:
+            world.at(world.rng["setup"].randrange(500), world.life, host.start)
+        world.spawn(world.life, "operator", self.commander.operator())
+        self.client.start(self.slots)
+
+    def chaos(self) -> None:
+        """Faults for a while."""
+        world = self.world
+        world.run(world.rng["setup"].choice((300, 2500)))
+        world.spawn(world.life, "faults", self.faults.script())
+        world.run(world.now_ms + self.chaos_ms)
+
+    def calm(self) -> None:
+        """No more faults; everything that is broken is repaired."""
+        world = self.world
+        world.note("calm")
+        self.faults.stopped = True
+        self.commander.sane = True
+        world.run(world.now_ms + 4_000)
+        self.commander.enabled = True
+        self.net.slow = False
+        self.net.heal()
+        if self.arbiter is not None:
+            self.arbiter.down = self.arbiter.unreliable = False
+        for host in self.hosts:
+            host.data.slow_factor = host.meta.slow_factor = 1
+            host.data.fail_sync = host.data.fail_write = 0
+            host.meta.fail_sync = host.meta.fail_write = 0
+            host.start()
+        world.run(world.now_ms + 1_500)
+        self.client.stopped = True
+
+    def settle(self) -> None:
+        """Run until both are in sync and idle, or complain (E1)."""
+        world, checker = self.world, self.checker
+        limit_ms = world.now_ms + CALM_MS
+        while world.now_ms < limit_ms:
+            world.run(world.now_ms + 400)
+            if world.steps > STEPS_MAX:
+                checker.fail(f"E: {world.steps} events and no end")
+            if checker.both_synced() and self.is_idle():
+                break
+        else:
+            checker.fail(f"E1: not in sync {CALM_MS} ms after the last fault: {self.describe()}")
+        world.run(world.now_ms + 2_500)
+        checker.check_cover()
+        if not checker.both_synced() or not self.is_idle():
+            checker.fail(f"E1: did not stay in sync: {self.describe()}")
+        if checker.different():
+            checker.fail(f"C10: blocks {checker.different()[:8]} differ at the end")
+        for host in self.hosts:
+            missing = checker.history.missing(host.data.cache, checker.history.bound)
+            if missing:
+                checker.fail(f"A1: {host.name} lacks {missing[:3]} at the end")
+
+    def is_idle(self) -> bool:
+        """Nothing in flight, nothing dirty, no client waiting."""
+        for host in self.hosts:
+            node = host.node
+            if node is None or any(is_write(op) for op in node.inflight) or node.dirty.any():
+                return False
+        return self.client.busy_count == 0
+
+    def describe(self) -> str:
+        """Both nodes, for whoever has to find out why."""
+        told: list[str] = []
+        for host in self.hosts:
+            node = host.node
+            if node is None:
+                told.append(f"{host.name}: down")
+                continue
+            phase = node.session.phase.value if node.session is not None else "no session"
+            told.append(
+                f"{host.name}: {node.role.value} {node.sb.data_state.name} {phase}"
+                f" right={node.right} frozen={node.frozen} question={node.question!r}"
+                f" failed={node.failed!r} changing={node.changing!r} dirty={node.dirty.count}"
+                f" inflight={len(node.inflight)} flags={node.sb.flags!r} refusal={node.refusal!r}"
+                f" pending={node.sb.pending_kind.name} cache={node.cache_survived}"
+            )
+        return f"clients waiting: {self.client.busy_count}; " + "; ".join(told)
+
+    def result(self) -> Result:
+        """What was done so far."""
+        world = self.world
+        return Result(
+            seed=world.seed,
+            arbiter="memory" if self.arbiter is not None else "none",
+            digest=world.digest(),
+            steps=world.steps,
+            virtual_ms=world.now_ms,
+            faults=self.faults.count,
+            counts=self.checker.counts | self.abstract.counts(),
+        )
+
+
+def run_seed(seed: int, arbiter: str, *, keep_trace: bool = False) -> Result:
+    """Run one seed; a violation, or any exception of the core, is in the result."""
+    simulation = Simulation(seed, arbiter, keep_trace=keep_trace)
+    violation = ""
+    try:
+        simulation.start()
+        simulation.chaos()
+        simulation.calm()
+        simulation.settle()
+    except ViolationError as error:
+        violation = str(error)
+    except Exception as error:  # noqa: BLE001 - whatever the core raises is a finding
+        violation = f"crash: {type(error).__name__}: {error}\n{traceback.format_exc(limit=-6)}"
+    result = simulation.result()
+    result.violation = violation
+    if violation or keep_trace:
+        result.trace = list(simulation.world.tail)
+    return result
+
+
+def run_job(job: Job) -> Result:
+    """The same for another process."""
+    return run_seed(job[0], job[1], keep_trace=job[2])

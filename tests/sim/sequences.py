@@ -1,0 +1,74 @@
+"""All directed sequences by name, and how one is played."""
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from tests.sim import sequences_crashes as crashes
+from tests.sim import sequences_holes as holes
+from tests.sim import sequences_mutants as shown
+from tests.sim.sequences_scene import Scene
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """One sequence under one arbiter."""
+
+    name: str
+    arbiter: str
+    script: Callable[[Scene], None]
+
+
+def _named(arbiter: str, *scripts: Callable[[Scene], None]) -> dict[str, Sequence]:
+    return {s.__name__: Sequence(s.__name__, arbiter, s) for s in scripts}
+
+
+SEQUENCES: Final = {
+    **_named(
+        "none",
+        crashes.secondary_loses_power_idle, crashes.peer_dies_alone_writes,
+        crashes.primary_killed_returns, crashes.primary_loses_power_returns,
+        crashes.primary_dies_secondary_takes_over, crashes.both_lose_power,
+        crashes.stale_node_without_cache_boots_alone, crashes.stale_node_forced,
+        crashes.promoted_but_never_wrote, crashes.both_alone, crashes.source_dies_in_resync,
+        crashes.target_dies_in_resync, crashes.link_flaps_in_resync, crashes.joint_taken_is_lost,
+        crashes.local_disk_fails, crashes.remote_disk_fails, crashes.clean_stops,
+        crashes.left_node_does_not_start, crashes.new_disk, crashes.rolled_back,
+        crashes.torn_superblock,
+        holes.alone_flushes_first, holes.take_over_flushes_first,
+        holes.source_flushes_before_target_is_written_off, holes.resync_block_not_flushed,
+        holes.power_cut_bars_promotion, holes.alone_then_reboot, holes.late_frames,
+        holes.same_engine_resumes, holes.other_engine_does_not_resume, holes.both_stop_at_once,
+        holes.leave_makes_durable, holes.remote_flush_fails, holes.last_copy_fails,
+        holes.no_space_during_resync, holes.damaged_log, holes.damaged_map, holes.peer_disk_hangs,
+        holes.idle_link_cut, holes.local_disk_hangs, holes.window_is_bounded,
+        holes.two_changes_at_once, holes.swap_of_roles, holes.read_waits_for_write,
+        holes.cut_in_joint_step,
+        shown.intent_not_written, shown.frozen_then_alone, shown.failed_sync_is_remembered,
+        shown.promoted_while_applying, shown.target_map_cut_off, shown.dirty_in_sync_drains,
+        shown.leave_under_load, shown.evicted_region_is_in_the_map,
+        shown.unflushed_region_stays_hot,
+    ),
+    **_named(
+        "memory",
+        crashes.stale_node_boots_alone, crashes.second_claim_loses, crashes.primary_hangs,
+        holes.joint_lost_then_both_claim, holes.joint_step_broken_off_again,
+        holes.claim_flushes_first, holes.power_cut_bars_claim, holes.claim_applied_late,
+        holes.claim_applied_then_killed, holes.winner_died, holes.arbiter_has_to_agree,
+        holes.record_lost_to_nobody,
+    ),
+}  # fmt: skip
+
+
+def play(sequence: Sequence) -> str:
+    """Play it; returns what went wrong, with the end of the trace, or ""."""
+    scene: Scene | None = None
+    try:
+        scene = Scene(sequence.arbiter)
+        sequence.script(scene)
+    except Exception as error:  # noqa: BLE001 - whatever is raised is what went wrong
+        told = list(scene.world.tail)[-40:] if scene is not None else []
+        trace = traceback.format_exc(limit=-4)
+        return "\n".join([f"{type(error).__name__}: {error}", trace, *told])
+    return ""

@@ -1,0 +1,151 @@
+"""Sequences for rules that chance seldom tries: each shows one mutant that seeds may miss.
+
+A is primary, B secondary, in sync. Each function is one sequence; its docstring is what must come
+out.
+"""
+
+import errno
+
+from nbdmirror.core import roles
+from nbdmirror.core.node import Role
+from nbdmirror.core.superblock import Flags
+from nbdmirror.errors import StoreError
+from tests.sim.sequences_scene import Scene
+
+SLOW_FACTOR = 3000
+
+
+def intent_not_written(s: Scene) -> None:
+    """The intent log cannot be written: the data is not written either."""
+    s.pair()
+    s.part()
+    s.alone(s.a)
+    s.a.meta.fail_sync = errno.EIO
+    pending = s.begin_write(s.a, 10_000)
+    s.until(lambda: pending.problem is not None)
+    assert not pending.acknowledged
+    assert not s.has(s.a, pending)
+
+
+def frozen_then_alone(s: Scene) -> None:
+    """A write that came while A was frozen is in the map before it is acknowledged."""
+    s.pair()
+    s.part()
+    pending = s.begin_write(s.a, 5)
+    s.run(200)
+    assert pending.problem is None
+    s.alone(s.a)
+    s.until(lambda: pending.acknowledged)
+    assert s.node(s.a).dirty.dirty_in(5 * 4096, 6 * 4096)
+    s.heal()
+    s.synced()
+    s.both_have(pending)
+
+
+def failed_sync_is_remembered(s: Scene) -> None:
+    """The flush before a decision failed: a restart does not make that copy good."""
+    s.pair()
+    s.write(s.a, 5)
+    s.part()
+    s.a.data.fail_sync = errno.EIO
+    ended = s.begin(s.a, roles.alone(s.node(s.a)))
+    s.until(lambda: ended)
+    assert isinstance(ended[0][1], StoreError)
+    s.until(lambda: Flags.FAILED in s.on_disk(s.a).flags)
+    s.kill(s.a)
+    s.start(s.a)
+    assert "rule 5" in s.refused(s.a, roles.promote(s.node(s.a)))
+
+
+def promoted_while_applying(s: Scene) -> None:
+    """B is promoted while a frame is being written: the gate opens when that has ended, and what
+    followed it is dropped.
+    """
+    s.pair()
+    s.b.data.slow_factor = SLOW_FACTOR
+    for extent in range(5, 35):
+        s.begin_write(s.a, extent)
+    s.run(40)
+    s.b.data.slow_factor = 1
+    s.kill(s.a)
+    assert s.node(s.b).active
+    ended = s.begin(s.b, roles.promote(s.node(s.b)))
+    s.until(lambda: s.node(s.b).role is Role.PRIMARY)
+    assert not s.node(s.b).active
+    s.until(lambda: ended)
+
+
+def target_map_cut_off(s: Scene) -> None:
+    """Only the target knows of a write that the source never had; the link goes before its map is
+    there: it still knows at the next contact.
+    """
+    s.pair()
+    s.cut()
+    lost = s.begin_write(s.a, 5)
+    s.run(100)
+    s.kill(s.a)
+    assert s.has(s.a, lost)
+    s.heal()
+    s.promote(s.b)
+    kept = s.write(s.b, 3000)
+    s.start(s.a)
+    decided = len(s.told("A decided"))
+    s.until(lambda: len(s.told("A decided")) > decided)
+    s.cut()
+    s.run(20)
+    s.net.reset_all()
+    s.heal()
+    s.synced()
+    s.both_have(kept)
+    assert not s.has(s.a, lost)
+
+
+def dirty_in_sync_drains(s: Scene) -> None:
+    """An extent that is dirty while both are in sync is copied by itself."""
+    s.pair()
+    s.node(s.a).dirty.mark(0, 4096)
+    s.until(lambda: not s.node(s.a).dirty.any())
+    s.synced()
+
+
+def leave_under_load(s: Scene) -> None:
+    """B leaves while A is written to: all that both had is durable on A before it goes on alone."""
+    s.pair()
+    ended = s.begin(s.b, roles.stop(s.node(s.b)))
+    pending = []
+    for extent in range(5, 205):
+        pending.append(s.begin_write(s.a, extent))
+        s.run(1)
+    s.until(lambda: ended and Flags.PEER_OUTDATED in s.on_disk(s.a).flags)
+    s.until(lambda: all(request.acknowledged for request in pending))
+
+
+def evicted_region_is_in_the_map(s: Scene) -> None:
+    """A is alone and writes to more regions than the log holds: after a power cut all are known."""
+    s.pair()
+    s.part()
+    s.alone(s.a)
+    s.node(s.a).log.capacity = 4
+    extents = range(0, 12 * 256, 256)
+    for extent in extents:
+        s.write(s.a, extent, fua=True)
+    s.power(s.a)
+    s.start(s.a)
+    dirty = s.node(s.a).dirty
+    assert all(dirty.dirty_in(at * 4096, (at + 1) * 4096) for at in extents)
+    s.heal()
+    s.synced()
+
+
+def unflushed_region_stays_hot(s: Scene) -> None:
+    """In sync, more regions than the log holds: one that B has not flushed is not let go."""
+    s.pair()
+    for host in (s.a, s.b):
+        s.node(host).log.capacity = 4
+    written = [s.write(s.a, extent) for extent in range(0, 12 * 256, 256)]
+    s.power(s.b)
+    s.kill(s.a)
+    s.start(s.a)
+    s.start(s.b)
+    s.synced()
+    s.both_have(*written)

@@ -1,0 +1,28 @@
+"""Directed crash sequences: scripted event by event, with one result that must come out."""
+
+import pytest
+
+from tests.sim import sequences_crashes, sequences_holes, sequences_mutants
+from tests.sim.sequences import SEQUENCES, play
+
+HELPERS = {"begin_resync", "until_target_took", "both_kept", "ended"}
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_sequence(name: str) -> None:
+    """If it fails, a known sequence of crashes, cuts and commands ends with a loss, two primaries
+    or a pair that does not come together again; the sequence's own docstring says which.
+    """
+    problem = play(SEQUENCES[name])
+    assert not problem, problem
+
+
+def test_every_sequence_is_played() -> None:
+    """If it fails, a sequence was written that no test plays, so what it guards is not guarded."""
+    written = {
+        name
+        for module in (sequences_crashes, sequences_holes, sequences_mutants)
+        for name, value in vars(module).items()
+        if callable(value) and getattr(value, "__module__", "") == module.__name__
+    }
+    assert written - HELPERS == set(SEQUENCES)
