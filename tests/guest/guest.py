@@ -1,0 +1,144 @@
+"""A machine with a kernel of its own: Debian's user-mode Linux, run as an ordinary process.
+
+For what the kernel of the test machine refuses or must not suffer: a lowered oom_score_adj, the
+OOM killer, a kernel NBD device over an engine on the same host. Owns the guest's boot, its disk,
+its bound in time, and every process of it. The guest sees the host's files read-only; it writes
+to a tmpfs on /run and to its disk, both of which end with it. Must never: let a guest outlive
+`run`, or take a guest that did not reach its end for one that passed.
+"""
+
+import contextlib
+import os
+import re
+import secrets
+import select
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULES = "/usr/lib/uml/modules"
+DISK = "/dev/ubda"
+MIB = 1 << 20
+
+# The init of the guest. RB_POWER_OFF of reboot(2): without it the kernel panics when init ends.
+INIT = """\
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin TMPDIR=/run/tmp HOME=/run LANG=C.UTF-8
+export PYTHONPATH={root} PYTHONDONTWRITEBYTECODE=1
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t tmpfs tmpfs /run
+mkdir /run/tmp /run/disk
+exec >/dev/tty1 2>&1
+ip link set lo up
+cd {root}
+echo "{marker} begin"
+{command} </dev/null
+echo "{marker} exit $?"
+exec {python} -c 'import ctypes, os; os.sync(); ctypes.CDLL(None).reboot(0x4321FEDC)'
+"""
+
+
+class GuestError(Exception):
+    """The guest did not come to its end; the message holds what it said."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a program did in the guest: exit code, output (both streams), the kernel's messages."""
+
+    code: int
+    output: str
+    kernel: str
+
+
+def run(
+    command: list[str], directory: Path, *, memory_mib: int, disk_mib: int, bound_s: float
+) -> Outcome:
+    """Boot a guest, run one command in it, power it off.
+
+    `directory` takes the guest's disk (sparse, empty, `DISK` inside) and its logs. Paths in the
+    command are the host's. Nothing of the guest is left when this returns.
+
+    Raises:
+        GuestError: no user-mode Linux, or no end within `bound_s` seconds, or it died.
+    """
+    kernel = shutil.which("linux.uml")
+    if kernel is None:
+        raise GuestError("linux.uml is not installed: apt-get install user-mode-linux")
+    marker = f"guest-{secrets.token_hex(8)}"
+    init, disk = directory / "init.sh", directory / "disk.img"
+    words = {"root": shlex.quote(str(ROOT)), "python": shlex.quote(sys.executable)}
+    init.write_text(INIT.format(marker=marker, command=shlex.join(command), **words))
+    with disk.open("wb") as file:
+        file.truncate(disk_mib * MIB)
+    arguments = [
+        kernel,
+        f"mem={memory_mib}M",
+        *("root=/dev/root", "rootfstype=hostfs", "rootflags=/", "ro", "quiet"),
+        f"ubd0={disk}",
+        f"uml_dir={directory}/",
+        # The kernel speaks on one channel and the program on the other, so no line is cut in two.
+        *("con=null", "con0=null,fd:2", "con1=null,fd:1", "console=tty0"),
+        *("init=/bin/sh", "--", str(init)),
+    ]
+    try:
+        _boot(arguments, directory, bound_s)
+        return _outcome(directory, marker)
+    finally:
+        disk.unlink()
+
+
+def _boot(arguments: list[str], directory: Path, bound_s: float) -> None:
+    """Until the guest has powered itself off, or was ended."""
+    with (directory / "output").open("wb") as out, (directory / "kernel").open("wb") as messages:
+        process = subprocess.Popen(
+            arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=messages,
+            # The guest's memory is a deleted file there: on a disk it would be written back.
+            env={**os.environ, "TMPDIR": "/dev/shm"},
+            start_new_session=True,
+        )
+        try:
+            ended = _ends_within(process.pid, bound_s)
+        finally:
+            # Each process of the guest is one of the host, in this session, and outlives the
+            # first one's death. That one is reaped last: until then the number is ours.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if not ended:
+        said = "\n".join(_logs(directory))
+        raise GuestError(f"the guest did not end within {bound_s} s\n{said}")
+
+
+def _ends_within(pid: int, bound_s: float) -> bool:
+    """Wait for the end of a process, without reaping it."""
+    descriptor = os.pidfd_open(pid)
+    try:
+        return bool(select.select([descriptor], [], [], bound_s)[0])
+    finally:
+        os.close(descriptor)
+
+
+def _logs(directory: Path) -> tuple[str, str]:
+    """What the program and the kernel wrote."""
+    output, kernel = (
+        (directory / name).read_text(errors="replace").replace("\r", "")
+        for name in ("output", "kernel")
+    )
+    return output, kernel
+
+
+def _outcome(directory: Path, marker: str) -> Outcome:
+    output, kernel = _logs(directory)
+    found = re.search(f"{marker} begin\n(.*){marker} exit ([0-9]+)\n", output, re.DOTALL)
+    if found is None:
+        raise GuestError(f"the guest died before its command ended\n{output}\n{kernel}")
+    return Outcome(int(found[2]), found[1], kernel)
