@@ -12,6 +12,7 @@ Nothing here knows how a thread, a socket or a file works, and nothing here is r
 """
 
 import errno
+from contextlib import suppress
 
 from nbdmirror.core.messages import Stable
 from nbdmirror.core.node import Node
@@ -350,12 +351,17 @@ def flush_pair(node: Node) -> Path:
 
 
 def background_flush(node: Node) -> Path:
-    """Flush both nodes beside the clients: this bounds the flush of a failover (rule 10)."""
+    """Flush both nodes beside the clients: this bounds the flush of a failover (rule 10).
+
+    Nobody waits for it: that this node stepped back, or that its disk failed, was told by whoever
+    decided or noticed it.
+    """
     if node.background_flush:
         return
     node.background_flush = True
     try:
-        yield from flush_pair(node)
+        with suppress(NotPrimaryError, StoreError):
+            yield from flush_pair(node)
     finally:
         node.background_flush = False
 
