@@ -18,6 +18,7 @@ from nbdmirror.config import load
 from nbdmirror.engine import FUA, MAY_TRIM, Engine
 from nbdmirror.errors import NbdMirrorError
 from nbdmirror.limits import NBD_REQUEST_BYTES_MAX
+from nbdmirror.threads import keep, sweep
 
 API_VERSION = 2
 EXTENT_TYPE_HOLE_ZERO = 3  # nbdkit.EXTENT_HOLE | nbdkit.EXTENT_ZERO
@@ -30,10 +31,11 @@ _engine: Engine | None = None
 
 
 def _guard(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The one place where an exception becomes an errno."""
+    """The one place where an exception becomes an errno, and where nbdkit's threads get at home."""
 
     @functools.wraps(function)
     def guarded(*arguments: Any) -> Any:
+        keep()
         try:
             return function(*arguments)
         except NbdMirrorError as error:
@@ -85,6 +87,7 @@ def open(readonly: bool) -> int:
 
 def close(_handle: int) -> None:
     _the_engine().closed()
+    sweep()
 
 
 def get_size(_handle: int) -> int:

@@ -1,9 +1,9 @@
 """The bare sketch: what a mirrored write costs when nothing is safe. Only a yardstick for bench/.
 
 nbdkit runs this file. It has the transport of the product (the calling thread sends, a uvloop
-thread takes the acknowledgements, buffers of the same size) and none of its safety: no range locks,
-intent log, checks, metadata, window, session or role. It must never grow any, and never hold data
-that anybody wants back.
+thread takes the acknowledgements, buffers of the same size, kept thread states) and none of its
+safety: no range locks, intent log, checks, metadata, window, session or role. It must never grow
+any, and never hold data that anybody wants back.
 """
 
 import asyncio
@@ -18,6 +18,8 @@ from typing import Any
 
 import nbdkit
 import uvloop
+
+from nbdmirror.threads import keep
 
 API_VERSION = 2
 HEADER = struct.Struct(">QQQ")  # number, offset, length
@@ -106,8 +108,10 @@ def get_size(_handle: int) -> int:
 
 
 def pread(_handle: int, buf: Any, offset: int, _flags: int) -> None:
+    keep()
     os.preadv(_state.file, [buf], offset)
 
 
 def pwrite(_handle: int, buf: Any, offset: int, _flags: int) -> None:
+    keep()
     _state.write(buf, offset)

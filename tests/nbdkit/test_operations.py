@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import stat
 import threading
 from collections.abc import Callable
@@ -227,3 +228,26 @@ def test_nothing_leaks_over_reconnections(pair: Pair) -> None:
     alpha.wait_state(lambda s: s["clients"] == 0, "gone")
     after = counts()
     assert all(now <= then + 2 for now, then in zip(after, before, strict=True)), (before, after)
+
+
+def test_clients_that_come_and_go_leave_no_memory(pair: Pair) -> None:
+    """Breaks in the field: each reconnecting client costs locked memory, until there is none."""
+    status = Path(f"/proc/{pair.alpha.pid}/status")
+    stays = pair.alpha.connect()
+
+    def visits(count: int) -> int:
+        for _ in range(count):
+            handle = pair.alpha.connect()
+            pending = [handle.aio_pwrite(nbd.Buffer(4096), i * 4096) for i in range(64)]
+            while pending:
+                pending = [cookie for cookie in pending if not handle.aio_command_completed(cookie)]
+                if pending:
+                    handle.poll(-1)
+            handle.shutdown()
+            stays.pwrite(bytes(4096), 0)
+        return int(re.findall(r"VmRSS:\s+(\d+) kB", status.read_text())[0])
+
+    visits(10)
+    before = visits(10)
+    after = visits(200)
+    assert after - before < 2048, (before, after)
