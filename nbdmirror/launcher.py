@@ -28,6 +28,8 @@ POLL_S: Final = 0.1
 STOP_TIMEOUT_S: Final = 30.0
 KILL_AFTER_S: Final = 1.0
 PLUGIN_NAME: Final = "nbdmirror_plugin.py"
+# The witness of a test, and what fits the C library and OpenSSL to the machine.
+HANDED_ON: Final = frozenset({"NBDMIRROR_BOOT_ID_FILE", "GLIBC_TUNABLES", "OPENSSL_ia32cap"})
 
 
 def run(config: Config) -> int:
@@ -149,7 +151,7 @@ def environment() -> dict[str, str]:
         "PYTHONNOUSERSITE": "1",
         "PYTHONHASHSEED": "0",
         "LANG": "C.UTF-8",
-        **{k: v for k, v in os.environ.items() if k == "NBDMIRROR_BOOT_ID_FILE"},
+        **{k: v for k, v in os.environ.items() if k in HANDED_ON},
     }
 
 

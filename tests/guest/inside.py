@@ -157,7 +157,10 @@ def start_hog() -> subprocess.Popen[bytes]:
         stdout=subprocess.PIPE,
     )
     assert hog.stdout is not None
-    hog.stdout.readline()
+    if not hog.stdout.readline():
+        # Killed. Its end is waited for: one more hog in between would fill what it gives back, to
+        # the brim, where an I/O flusher waits for memory and never calls the OOM killer itself.
+        hog.wait()
     return hog
 
 

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.nbdkit, pytest.mark.slow]
 # start it (vm.overcommit_memory).
 MEMORY_MIB = 256
 DISK_MIB = 1200
-BOUND_S = 55
+BOUND_S = 150
 # include/linux/sched.h of Linux 5.9 to 6.6: what PR_SET_IO_FLUSHER sets.
 PF_MEMALLOC_NOIO = 0x0008_0000
 PF_LOCAL_THROTTLE = 0x0010_0000
@@ -102,7 +102,7 @@ def test_a_mount_on_the_same_host_does_not_deadlock(tmp_path: Path) -> None:
     assert seen["written"] == seen["read"]
     assert seen["written_kib"] > seen["total_kib"], "less than memory: nothing was shown"
     assert seen["free_kib_least"] < 0.05 * seen["total_kib"], "memory was never short"
-    assert seen["dirty_kib_most"] > 0.15 * seen["total_kib"], "memory was never dirty"
+    assert seen["dirty_kib_most"] > 0.08 * seen["total_kib"], "memory was never dirty"
     assert "Out of memory" not in outcome.kernel, outcome.kernel
     for state in seen["states"].values():
         assert state["data_state"] == "uptodate"
