@@ -47,9 +47,10 @@ class Upkeep:
         session = node.session
         gap = 0 if self.last_ms is None else now_ms - self.last_ms
         self.last_ms = now_ms
-        if session is not self.session or gap > SILENCE_MS // 2:
-            # A new session, or this process was not running: count anew (rule 18).
+        if session is not self.session:
             self.restart(session, now_ms)
+        elif gap > SILENCE_MS // 2:
+            self.slept(gap)
         if session is not None:
             self.deadlines(session, now_ms)
             self.echo(session, now_ms)
@@ -68,6 +69,19 @@ class Upkeep:
         self.session = session
         self.acked_mark = self.flushed_mark = (-1, now_ms)
         self.heard_ms = now_ms
+        self.echo_sent_ms = 0
+
+    def slept(self, gap_ms: int) -> None:
+        """This process was not running: silence is counted only while awake (rule 18).
+
+        What was counted before stays counted: a node that is paused again and again would else
+        never lose a peer that is gone (rule 8).
+        """
+        self.acked_mark = later(self.acked_mark, gap_ms)
+        self.flushed_mark = later(self.flushed_mark, gap_ms)
+        self.local_mark = later(self.local_mark, gap_ms)
+        self.heard_ms += gap_ms
+        self.frozen_ms += gap_ms
         self.echo_sent_ms = 0
 
     def deadlines(self, session: Session, now_ms: int) -> None:
@@ -170,6 +184,12 @@ class Upkeep:
         synced = session is not None and session.sending and session.phase is Phase.SYNCED
         if node.role is Role.PRIMARY and synced and not node.changing:
             node.shell.spawn("step-back", step_back(node))
+
+
+def later(mark: tuple[int, int], gap_ms: int) -> tuple[int, int]:
+    """A mark (number, since) as if the gap had not been."""
+    number, since_ms = mark
+    return number, since_ms + gap_ms
 
 
 def oldest_local(node: Node) -> int:
