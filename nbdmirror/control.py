@@ -17,10 +17,11 @@ import os
 import socket
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeAlias
 
-from nbdmirror.core import roles
+from nbdmirror.core import ports, roles
 from nbdmirror.core.describe import describe
 from nbdmirror.core.node import Node, Role
 from nbdmirror.driver import Driver, Pool
@@ -34,6 +35,9 @@ EVENT_POLL_S: Final = 0.05
 EXIT_AFTER_REPLY_S: Final = 0.05
 PEERCRED = struct.Struct("3i")
 SOCKET_MODE: Final = 0o600
+Arguments: TypeAlias = dict[str, Any]
+Guard: TypeAlias = Callable[[ports.Path], ports.Path]
+Handler: TypeAlias = Callable[[Arguments, Guard], dict[str, Any]]
 
 
 class Commanded(Protocol):
@@ -50,12 +54,12 @@ class Commanded(Protocol):
         """Try to reach the peer now. From any thread."""
         ...
 
-    def demote(self) -> None:
-        """Stop serving; blocks until the clients are gone."""
+    def demote(self, guard: Guard) -> None:
+        """Stop serving, if `guard` still allows it; blocks until the clients are gone."""
         ...
 
-    def stop(self) -> None:
-        """Leave in order; blocks."""
+    def stop(self, guard: Guard) -> None:
+        """Leave in order, if `guard` still allows it; blocks."""
         ...
 
     def exit(self) -> None:
@@ -72,7 +76,7 @@ class ControlServer:
         self._connections = 0
         self._numbers = 0
         self._server: asyncio.Server
-        self._commands: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+        self._commands: dict[str, Handler] = {
             "promote": self._promote,
             "demote": self._demote,
             "alone": self._alone,
@@ -154,12 +158,13 @@ class ControlServer:
             known = ", ".join(["state", "events", "attach", *self._commands])
             raise RefusedError(f"unknown command {command!r}; known: {known}")
         self._require_current(number, request)
+        guard = partial(roles.decided_under, self._engine.node, request["epoch"])
         loop = asyncio.get_running_loop()
         future: asyncio.Future[dict[str, Any]] = loop.create_future()
 
         def job() -> None:
             try:
-                result = handler(args)
+                result = handler(args, guard)
             except BaseException as error:  # noqa: BLE001 - carried to the waiting command
                 loop.call_soon_threadsafe(settle, future, None, error)
             else:
@@ -227,37 +232,39 @@ class ControlServer:
     def _drive(self, path: Any) -> Any:
         return self._engine.driver.drive(path)
 
-    def _promote(self, args: dict[str, Any]) -> dict[str, Any]:
-        self._drive(roles.promote(self._engine.node, force=bool(args.get("force", False))))
+    def _promote(self, args: Arguments, guard: Guard) -> dict[str, Any]:
+        self._drive(guard(roles.promote(self._engine.node, force=bool(args.get("force", False)))))
         self._engine.hurry()
         return self._state(args)
 
-    def _demote(self, args: dict[str, Any]) -> dict[str, Any]:
-        self._engine.demote()
+    def _demote(self, args: Arguments, guard: Guard) -> dict[str, Any]:
+        self._engine.demote(guard)
         return self._state(args)
 
-    def _alone(self, args: dict[str, Any]) -> dict[str, Any]:
-        self._drive(roles.alone(self._engine.node))
+    def _alone(self, args: Arguments, guard: Guard) -> dict[str, Any]:
+        self._drive(guard(roles.alone(self._engine.node)))
         return self._state(args)
 
-    def _claim(self, args: dict[str, Any]) -> dict[str, Any]:
+    def _claim(self, args: Arguments, guard: Guard) -> dict[str, Any]:
         record = generation_of(args) if "generation" in args else bytes(16)
-        prepared = self._drive(roles.claim(self._engine.node, record))
+        prepared = self._drive(guard(roles.claim(self._engine.node, record)))
         return {
             "generation": prepared["generation"].hex(),
             "record_holds": [generation.hex() for generation in prepared["record_holds"]],
         }
 
-    def _claimed(self, args: dict[str, Any]) -> dict[str, Any]:
+    def _claimed(self, args: Arguments, guard: Guard) -> dict[str, Any]:
         won = bool(args.get("won", False))
-        self._drive(roles.claimed(self._engine.node, generation_of(args), won=won))
+        self._drive(guard(roles.claimed(self._engine.node, generation_of(args), won=won)))
         return self._state(args)
 
-    def _recorded(self, args: dict[str, Any]) -> dict[str, Any]:
-        self._engine.driver.call(roles.recorded, self._engine.node, generation_of(args))
+    def _recorded(self, args: Arguments, guard: Guard) -> dict[str, Any]:
+        generation = generation_of(args)
+        self._drive(guard(at_once(roles.recorded, self._engine.node, generation)))
         return self._state(args)
 
-    def _reconnected(self, args: dict[str, Any]) -> dict[str, Any]:
+    def _reconnected(self, args: Arguments, _guard: Guard) -> dict[str, Any]:
+        # Changes nothing, so there is nothing that could be out of date.
         engine = self._engine
         if engine.node.role is not Role.PRIMARY:
             raise RefusedError("reconnected: this node is not primary; nothing is frozen here")
@@ -270,26 +277,32 @@ class ControlServer:
             )
         return state
 
-    def _resync(self, args: dict[str, Any]) -> dict[str, Any]:
-        self._drive(roles.resync_full(self._engine.node))
+    def _resync(self, args: Arguments, guard: Guard) -> dict[str, Any]:
+        self._drive(guard(roles.resync_full(self._engine.node)))
         return self._state(args)
 
-    def _drain(self, args: dict[str, Any]) -> dict[str, Any]:
-        self._drive(roles.drain(self._engine.node))
+    def _drain(self, args: Arguments, guard: Guard) -> dict[str, Any]:
+        self._drive(guard(roles.drain(self._engine.node)))
         return self._state(args)
 
-    def _discard(self, args: dict[str, Any]) -> dict[str, Any]:
-        self._drive(roles.discard(self._engine.node))
+    def _discard(self, args: Arguments, guard: Guard) -> dict[str, Any]:
+        self._drive(guard(roles.discard(self._engine.node)))
         return self._state(args)
 
-    def _accept_peer(self, args: dict[str, Any]) -> dict[str, Any]:
-        self._drive(roles.accept_peer(self._engine.node))
+    def _accept_peer(self, args: Arguments, guard: Guard) -> dict[str, Any]:
+        self._drive(guard(roles.accept_peer(self._engine.node)))
         self._engine.hurry()
         return self._state(args)
 
-    def _stop(self, args: dict[str, Any]) -> dict[str, Any]:
-        self._engine.stop()
+    def _stop(self, args: Arguments, guard: Guard) -> dict[str, Any]:
+        self._engine.stop(guard)
         return self._state(args)
+
+
+def at_once(function: Callable[..., Any], *arguments: Any) -> ports.Path:
+    """A plain function of the core, as a path of one step."""
+    yield from ()
+    return function(*arguments)
 
 
 def may_command(writer: asyncio.StreamWriter) -> bool:

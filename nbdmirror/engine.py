@@ -20,7 +20,7 @@ import uvloop
 from nbdmirror import memory
 from nbdmirror.clients import disconnect_clients, listening_addresses
 from nbdmirror.config import Config
-from nbdmirror.control import ControlServer
+from nbdmirror.control import ControlServer, Guard
 from nbdmirror.core import dispatch, io, negotiate, roles
 from nbdmirror.core.channel import Channel
 from nbdmirror.core.checks import crcmod_is_compiled
@@ -77,6 +77,7 @@ class Engine:
         self._loop_thread = 0
         self._started = threading.Event()
         self._clients_at: list[Any] = []
+        self._shutting_out = False
         self._main_task: asyncio.Task[None]
 
     # --- start and stop -----------------------------------------------------------------------
@@ -186,7 +187,18 @@ class Engine:
             with self.driver.lock:
                 upkeep.tick(time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000)
             self._run_ready()
+            self._shut_out()
             await asyncio.sleep(TICK_S)
+
+    def _shut_out(self) -> None:
+        """Rule 22: whatever ended this node's term, its clients do not outlive it.
+
+        Only from the second look on, so that the answers that are due have left.
+        """
+        due = self.handles > 0 and not self.is_primary() and not self.node.inflight
+        if due and self._shutting_out:
+            disconnect_clients(self._clients_at)
+        self._shutting_out = due
 
     def _peering_ended(self, task: "asyncio.Task[None]") -> None:
         if not task.cancelled() and task.exception() is not None:
@@ -371,9 +383,9 @@ class Engine:
         """Try to reach the peer now instead of after the pause."""
         self.loop.call_soon_threadsafe(self.peering.hurry)
 
-    def demote(self) -> None:
+    def demote(self, guard: Guard) -> None:
         """Stop serving, then disconnect every client and wait until they are gone."""
-        self.driver.drive(roles.demote(self.node))
+        self.driver.drive(guard(roles.demote(self.node)))
         self.disconnect()
 
     def disconnect(self) -> bool:
@@ -382,7 +394,7 @@ class Engine:
         with self.handles_gone:
             return self.handles_gone.wait_for(lambda: self.handles == 0, CLIENTS_GONE_S)
 
-    def stop(self) -> None:
+    def stop(self, guard: Guard) -> None:
         """Leave in order; the caller ends the process."""
-        self.driver.drive(roles.stop(self.node))
+        self.driver.drive(guard(roles.stop(self.node)))
         self.disconnect()

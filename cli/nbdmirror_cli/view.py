@@ -87,7 +87,8 @@ def no_promise_c(arbiter: str) -> str:
     if arbiter in {"none", "ping"}:
         return (
             f'arbiter "{arbiter}" does not give (c): when the nodes cannot see each other, both '
-            "may go on, and the writes of one side are then given up"
+            "may go on, and the writes of one side are then given up; until it notices, a primary "
+            "that was replaced answers reads with what was there before"
         )
     return PROMISE_C
 

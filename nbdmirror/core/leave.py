@@ -10,7 +10,7 @@ from dataclasses import replace
 from nbdmirror.core.durable import NO_GENERATION
 from nbdmirror.core.io import flush_pair
 from nbdmirror.core.messages import LeaveAnswer, LeaveAsk, Left
-from nbdmirror.core.node import Node, Role
+from nbdmirror.core.node import PEER_LEFT, Node, Role
 from nbdmirror.core.ports import Path
 from nbdmirror.core.session import Phase, Session
 from nbdmirror.core.superblock import DataState, Flags, PendingKind, Superblock
@@ -92,7 +92,7 @@ def peer_left(node: Node, session: Session, message: Left) -> Path:
     if bound != mine:
         raise PeerProtocolError("the word of leaving is not bound to this session")
     node.lose_session(session, "the peer left and is outdated")
-    yield from node.wait_to_change("peer left")
+    yield from node.wait_to_change(PEER_LEFT)
     try:
         yield from stay(node, session)
     finally:

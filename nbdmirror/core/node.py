@@ -40,6 +40,11 @@ from nbdmirror.limits import (
     UNFLUSHED_ENTRIES_MAX,
 )
 
+# Changes that an engine begins by itself; every other one is a command's.
+PEER_LEFT = "peer left"
+STEP_BACK = "step back"
+OWN_CHANGES = frozenset({PEER_LEFT, STEP_BACK})
+
 
 class Role(Enum):
     """What an engine does. It starts in NONE, always."""
@@ -358,10 +363,14 @@ class Node(Durable):
     def wait_to_change(self, name: str) -> Path:
         """Like begin_change, but after whatever is under way."""
         while self.changing:
-            waiter = self.shell.waiter()
-            self._change_waiters.append(waiter)
-            yield (waiter.wait,)
+            yield from self.change_ended()
         self.changing = name
+
+    def change_ended(self, timeout_s: float | None = None) -> Path:
+        """Wait for the end of a change; False when the time ran out."""
+        waiter = self.shell.waiter()
+        self._change_waiters.append(waiter)
+        return (yield (waiter.wait, timeout_s))
 
     # --- idleness ----------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from nbdmirror.core.io import flush_pair
 from nbdmirror.core.leave import ask_to_leave
 from nbdmirror.core.messages import Role as RoleMessage
 from nbdmirror.core.negotiate import claim_unsettled
-from nbdmirror.core.node import Node, Role
+from nbdmirror.core.node import OWN_CHANGES, STEP_BACK, Node, Role
 from nbdmirror.core.ports import Path
 from nbdmirror.core.session import Phase, Session
 from nbdmirror.core.superblock import (
@@ -24,8 +24,8 @@ from nbdmirror.core.superblock import (
     advance_generation,
 )
 from nbdmirror.core.view import node_view, state_message
-from nbdmirror.errors import NbdMirrorError, RefusedError
-from nbdmirror.limits import NEGOTIATION_TIMEOUT_MS
+from nbdmirror.errors import NbdMirrorError, RefusedError, StaleCommandError
+from nbdmirror.limits import COMMAND_TIMEOUT_MS, NEGOTIATION_TIMEOUT_MS
 
 DRAIN_TIMEOUT_S = 5.0
 NEGOTIATION_POLL_MS = 20
@@ -46,6 +46,30 @@ def exclusively(node: Node, name: str, path: Path) -> Path:
         return (yield from path)
     finally:
         node.end_change()
+
+
+def decided_under(node: Node, epoch: int, path: Path) -> Path:
+    """`path`, if the role is still of `epoch` at its first step, under the same hold of the lock.
+
+    A command that meets a change which this engine began by itself waits for it, bounded: whoever
+    looked and decided right is not refused for the milliseconds that storing takes.
+
+    Raises:
+        StaleCommandError: the role changed after the command was decided.
+    """
+    try:
+        while node.changing in OWN_CHANGES:
+            if not (yield from node.change_ended(COMMAND_TIMEOUT_MS / 1000)):
+                break
+        if node.epoch != epoch:
+            raise StaleCommandError(
+                f"decided under epoch {epoch}; the role changed to that of epoch {node.epoch}: "
+                "look again"
+            )
+    except NbdMirrorError:
+        path.close()
+        raise
+    return (yield from path)
 
 
 def wait_for_negotiation(node: Node) -> Path:
@@ -463,7 +487,7 @@ def stop_now(node: Node) -> Path:
 
 def step_back(node: Node) -> Path:
     """Rule 5: the local disk failed under a primary whose peer is up to date: hand over to it."""
-    return (yield from exclusively(node, "step back", step_back_now(node)))
+    return (yield from exclusively(node, STEP_BACK, step_back_now(node)))
 
 
 def step_back_now(node: Node) -> Path:

@@ -54,11 +54,15 @@ def test_primary_cannot_write_hands_over(pair: Pair) -> None:
     alpha.allowed.add("EIO")
     load = Load(alpha.uri, depth=8).start()
     load.wait(100)
+    idle = alpha.connect()
     with failing(alpha, "pwrite64", alpha.data):
         load.ended()
         assert load.error, "what was in flight cannot have been acknowledged"
         state = alpha.wait_state(lambda s: s["role"] != "primary", "stepped back")
         assert "EIO" in state["failed"]
+        alpha.wait_state(lambda s: s["clients"] == 0, "rule 22: no client outlives the term")
+        with pytest.raises(nbd.Error):
+            idle.pread(512, 0)
     load.assert_kept(beta.data)
     beta.wait_state(lambda s: s["session"] is None, "alpha left")
     beta.command("promote")

@@ -2,6 +2,7 @@
 
 import shutil
 
+import nbd
 import pytest
 
 from nbdmirror.errors import RefusedError
@@ -38,6 +39,7 @@ def test_both_copies_are_kept_until_one_is_discarded(proxied: tuple[Pair, Proxy]
     pair, proxy = proxied
     alpha, beta = pair.both
     one, other = alone_on_both(pair, proxy)
+    idle = beta.connect()
     proxy.refuse(False)
     assert "split" in refused_at_contact(alpha).lower()
     assert "split" in refused_at_contact(beta).lower()
@@ -49,6 +51,9 @@ def test_both_copies_are_kept_until_one_is_discarded(proxied: tuple[Pair, Proxy]
         assert engine.state()["session"] is None
     assert alpha.state()["role"] == "primary"
     beta.wait_state(lambda s: s["role"] == "none" and not s["right_alone"], "the one that waits")
+    beta.wait_state(lambda s: s["clients"] == 0, "rule 22: no client outlives the term")
+    with pytest.raises(nbd.Error):
+        idle.pread(512, 0)
     with pytest.raises(RefusedError, match="rule 19"):
         beta.command("promote")
     with pytest.raises(RefusedError, match="demote"):

@@ -7,14 +7,15 @@ function is one sequence; its docstring is what must come out.
 import errno
 
 from nbdmirror.core import io, roles
-from nbdmirror.core.node import Role
+from nbdmirror.core.node import PEER_LEFT, Role
 from nbdmirror.core.superblock import DataState, Flags, PendingKind
-from nbdmirror.errors import RefusedError
+from nbdmirror.errors import RefusedError, StaleCommandError
 from nbdmirror.limits import (
     ACK_TIMEOUT_MS,
     LOG_OFFSET_BYTES,
     MAP_OFFSET_BYTES,
     META_BLOCK_BYTES,
+    SILENCE_MS,
     WINDOW_BYTES_MAX,
 )
 from tests.sim.arbiter import Held
@@ -443,6 +444,43 @@ def two_changes_at_once(s: Scene) -> None:
     s.until(lambda: first and second)
     errors = [ended[0][1] for ended in (first, second)]
     assert sorted(isinstance(error, RefusedError) for error in errors) == [False, True]
+
+
+def stale_command(s: Scene) -> None:
+    """A command that was decided before the role changed does nothing, however late it runs."""
+    s.pair()
+    node = s.node(s.a)
+    epoch = node.epoch
+    s.command(s.a, roles.demote(node))
+    ended = s.begin(s.a, roles.decided_under(node, epoch, roles.promote(node)))
+    s.until(lambda: ended)
+    assert isinstance(ended[0][1], StaleCommandError)
+    assert node.role is Role.NONE
+
+
+def command_while_the_peers_word_is_stored(s: Scene) -> None:
+    """A leaves; B stores that, and a promotion which comes meanwhile waits instead of failing."""
+    s.pair()
+    s.begin(s.a, roles.stop(s.node(s.a)))
+    node = s.node(s.b)
+    s.until(lambda: node.changing == PEER_LEFT)
+    s.command(s.b, roles.decided_under(node, node.epoch, roles.promote(node)))
+    assert Flags.PEER_OUTDATED in s.on_disk(s.b).flags
+    assert node.role is Role.PRIMARY
+
+
+def paused_again_and_again(s: Scene) -> None:
+    """A is awake for moments only: it loses the peer that is gone all the same, and later."""
+    s.pair()
+    session = s.session(s.a)
+    s.cut()
+    awake_ms, rounds = 500, 0
+    while session.live:
+        s.a.pause(2 * SILENCE_MS)
+        s.run(2 * SILENCE_MS + awake_ms)
+        rounds += 1
+        assert rounds * awake_ms < 3 * ACK_TIMEOUT_MS
+    assert rounds * awake_ms >= ACK_TIMEOUT_MS - awake_ms
 
 
 def swap_of_roles(s: Scene) -> None:
