@@ -191,7 +191,7 @@ def facts(plan: Plan, began: float) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the bench; returns the exit code: 0, 1 below an enforced floor, 2 broken."""
+    """Run the bench; returns the exit code: 0, 1 below a floor, 2 broken."""
     asked = arguments(argv)
     began = time.monotonic()
     plan = Plan(

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The bench of whole systems: bash bench/run.sh [--quick] [--json FILE] [--help]
 # Sets up like the tests do, runs bench/run.py in a process tree of its own, and leaves no process
-# and no file behind. Ends with 1 when an enforced floor is not kept, 2 when something broke.
+# and no file behind. Ends with 1 when a floor is broken, 2 when something broke.
 set -uo pipefail
 # shellcheck source=packaging/lib.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/../packaging/lib.sh"
