@@ -1,4 +1,6 @@
-"""A pair of real engines for tests: two launchers, two nbdkits, one mirror, on loopback addresses.
+"""A pair of real engines for tests: two launchers, two nbdkits, one mirror.
+
+They meet on loopback addresses, or each on a host of its own (network.py).
 
 Owns the directories, the configuration of each node, every process that it started, and the
 record of what the engines said (events, standard error). Must never: sleep (it waits for the
@@ -30,6 +32,7 @@ from nbdmirror import admin
 from nbdmirror.config import Config, load
 from nbdmirror.control_client import ControlClient
 from nbdmirror.errors import NbdMirrorError, RefusedError, UnreachableError
+from tests.support.network import ADDRESSES, Network
 
 ROOT = Path(__file__).resolve().parents[2]
 PEER_PORT = 7789
@@ -81,6 +84,7 @@ class Engine:
 
     def __init__(self, name: str, config_path: Path, logs: Path) -> None:
         self.name = name
+        self.enter: tuple[str, ...] = ()  # stands before the command: where it runs
         self.config_path = config_path
         self.log_path = logs / f"{name}.log"
         self.launcher: subprocess.Popen[bytes] | None = None
@@ -111,7 +115,7 @@ class Engine:
         assert self.launcher is None, "one at a time"
         with self.log_path.open("ab") as log:
             self.launcher = subprocess.Popen(
-                [sys.executable, "-c", LAUNCH, str(self.config_path), self.name],
+                [*self.enter, sys.executable, "-c", LAUNCH, str(self.config_path), self.name],
                 env={**os.environ, "PYTHONPATH": str(ROOT)},
                 stdout=log,
                 stderr=log,
@@ -304,12 +308,15 @@ class Pair:
         dial: tuple[str, int] | None = None,
         tcp: bool = False,
         data_dirs: dict[str, Path] | None = None,
+        network: Network | None = None,
     ) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="nm"))
         self.size = size
         self.closed = False
-        network = f"127.{secrets.randbelow(250) + 2}.{secrets.randbelow(254) + 1}"
-        self.hosts = {"alpha": f"{network}.1", "beta": f"{network}.2"}
+        loopback = f"127.{secrets.randbelow(250) + 2}.{secrets.randbelow(254) + 1}"
+        self.hosts = {"alpha": f"{loopback}.1", "beta": f"{loopback}.2"}
+        if network is not None:
+            self.hosts = dict(ADDRESSES)
         self.dial = dial
         self.tcp = tcp
         self.engine_keys: dict[str, object] = {"on_freeze": "ask", **(engine or {})}
@@ -319,6 +326,9 @@ class Pair:
         key.write_bytes(secrets.token_bytes(32))
         self.alpha = self._engine("alpha")
         self.beta = self._engine("beta")
+        if network is not None:
+            for node in self.both:
+                node.enter = network.enter(node.name)
 
     def _engine(self, name: str) -> Engine:
         (self.root / name).mkdir(mode=0o700)
