@@ -23,8 +23,12 @@ def listening_addresses() -> list[Any]:
     return addresses
 
 
-def disconnect_clients(listening: list[Any]) -> int:
-    """Shut down every connection accepted on one of these addresses; returns how many."""
+def disconnect_clients(listening: list[Any], how: int) -> int:
+    """Shut down every connection accepted on one of these addresses; returns how many.
+
+    `how` as for shutdown(2). With SHUT_RD nbdkit takes no further request, sends the replies that
+    it still has, and closes; SHUT_RDWR cuts them off.
+    """
     count = 0
     for descriptor in _sockets():
         with _borrowed(descriptor) as sock:
@@ -32,7 +36,7 @@ def disconnect_clients(listening: list[Any]) -> int:
                 if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                     continue
                 if _is_of(sock, listening):
-                    sock.shutdown(socket.SHUT_RDWR)
+                    sock.shutdown(how)
                     count += 1
             except OSError:
                 continue

@@ -53,6 +53,7 @@ TICK_S: Final = 0.1
 INLINE: Final = frozenset({FileStore.pwrite, TcpLink.kick})
 FUA: Final = int(FrameFlag.FUA)
 MAY_TRIM: Final = int(FrameFlag.MAY_TRIM)
+REPLIES_LEAVE_S: Final = 2.0
 CLIENTS_GONE_S: Final = 5.0
 
 
@@ -77,7 +78,7 @@ class Engine:
         self._loop_thread = 0
         self._started = threading.Event()
         self._clients_at: list[Any] = []
-        self._shutting_out = False
+        self._looks = 0
         self._main_task: asyncio.Task[None]
 
     # --- start and stop -----------------------------------------------------------------------
@@ -193,12 +194,14 @@ class Engine:
     def _shut_out(self) -> None:
         """Rule 22: whatever ended this node's term, its clients do not outlive it.
 
-        Only from the second look on, so that the answers that are due have left.
+        From the second look on, so that the answers that are due are on their way; cut off only
+        when they had REPLIES_LEAVE_S to arrive, as at a demotion.
         """
         due = self.handles > 0 and not self.is_primary() and not self.node.inflight
-        if due and self._shutting_out:
-            disconnect_clients(self._clients_at)
-        self._shutting_out = due
+        self._looks = self._looks + 1 if due else 0
+        if self._looks > 1:
+            leaving = self._looks * TICK_S < REPLIES_LEAVE_S
+            disconnect_clients(self._clients_at, socket.SHUT_RD if leaving else socket.SHUT_RDWR)
 
     def _peering_ended(self, task: "asyncio.Task[None]") -> None:
         if not task.cancelled() and task.exception() is not None:
@@ -389,10 +392,20 @@ class Engine:
         self.disconnect()
 
     def disconnect(self) -> bool:
-        """Shut every client's socket down; True when all handles are closed in time."""
-        disconnect_clients(self._clients_at)
-        with self.handles_gone:
-            return self.handles_gone.wait_for(lambda: self.handles == 0, CLIENTS_GONE_S)
+        """Shut every client's socket down; True when all handles are closed in time.
+
+        First so that replies on their way arrive: a client is to hear ESHUTDOWN, not silence. Then
+        for good, because a client need not read them.
+        """
+        for how, bound_s in (
+            (socket.SHUT_RD, REPLIES_LEAVE_S),
+            (socket.SHUT_RDWR, CLIENTS_GONE_S),
+        ):
+            disconnect_clients(self._clients_at, how)
+            with self.handles_gone:
+                if self.handles_gone.wait_for(lambda: self.handles == 0, bound_s):
+                    return True
+        return False
 
     def stop(self, guard: Guard) -> None:
         """Leave in order; the caller ends the process."""
