@@ -5,6 +5,7 @@ command or a number in a document is a promise to a reader who has nothing else 
 """
 
 import ast
+import errno
 import re
 import tomllib
 from collections.abc import Iterator
@@ -179,6 +180,18 @@ def test_every_exit_code_is_in_the_guide() -> None:
         if isinstance(kind, type) and issubclass(kind, NbdMirrorError)
     }
     assert {name: int(code) for code, name in rows} == classes
+
+
+def test_every_errno_is_in_the_guide() -> None:
+    """Breaks in the field: a client reports a number that no page explains."""
+    guide = read(ROOT / "docs" / "user-guide.md").partition("## Errors at the client")[2]
+    shown = set(re.findall(r"`(E[A-Z]+)`", guide.partition("## ")[0]))
+    given = {
+        errno.errorcode[kind.nbd_errno]
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, NbdMirrorError)
+    }
+    assert given | {"EOPNOTSUPP"} == shown - {"EPERM", "EROFS"}
 
 
 def test_the_promise_has_one_wording() -> None:

@@ -78,6 +78,63 @@ def test_primary_cannot_write_hands_over(pair: Pair) -> None:
     load.assert_kept(alpha.data, beta.data)
 
 
+def fill(handle: nbd.NBD, image: bytes) -> None:
+    """Write an image in pieces of 1 MiB."""
+    for offset in range(0, len(image), 1 << 20):
+        handle.pwrite(image[offset : offset + (1 << 20)], offset)
+
+
+def handed_over(pair: Pair) -> None:
+    """Alpha stepped back by itself: beta takes over, alpha returns, and they end equal."""
+    alpha, beta = pair.both
+    alpha.wait_state(lambda s: s["role"] != "primary", "stepped back")
+    beta.wait_state(lambda s: s["session"] is None, "alpha left")
+    beta.command("promote")
+    handle = beta.connect()
+    assert bytes(handle.pread(8, 0)) == b"was here", "the one that takes over has it"
+    handle.pwrite(b"and here", 8192)
+    handle.shutdown()
+    alpha.kill()
+    alpha.start()
+    pair.synced()
+    pair.stop()
+    pair.assert_equal()
+
+
+def test_primary_cannot_read_hands_over(pair: Pair) -> None:
+    """Breaks in the field: a disk that cannot read any more serves on, or takes its peer along."""
+    alpha = pair.alpha
+    alpha.allowed.add("EIO")
+    handle = alpha.connect()
+    handle.pwrite(b"was here", 0)
+    with failing(alpha, "preadv,preadv2", alpha.data), pytest.raises(nbd.Error) as caught:
+        handle.pread(8, 0)
+    assert caught.value.errno == "EIO"
+    handed_over(pair)
+
+
+def test_full_disk_of_the_primary_hands_over(tmp_path: Path, make_pair: MakePair) -> None:
+    """Breaks in the field: a full primary gives errors to the application although its peer has
+    room, or says "done" for what only the peer has.
+    """
+    small = tmp_path / "small"
+    small.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=8m", "none", str(small))
+    pair = make_pair(size=32 << 20, data_dirs={"alpha": small / "node"})
+    try:
+        alpha = pair.up(sparse=True).alpha
+        handle = alpha.connect()
+        with pytest.raises(nbd.Error) as caught:
+            fill(handle, b"was here" + os.urandom((32 << 20) - 8))
+        assert caught.value.errno == "ESHUTDOWN"
+        assert "ENOSPC" in alpha.state()["failed"]
+        run("mount", "-o", "remount,size=64m", str(small))
+        handed_over(pair)
+    finally:
+        pair.close()
+        run("umount", str(small))
+
+
 def test_secondary_cannot_write_is_left_behind(pair: Pair) -> None:
     """Breaks in the field: a secondary with a dead disk acknowledges, or stops the application."""
     alpha, beta = pair.both
@@ -140,12 +197,6 @@ def test_last_copy_fails_with_eio(make_pair: MakePair) -> None:
     with pytest.raises(nbd.Error) as caught:
         handle.flush()
     assert caught.value.errno == "EIO"
-
-
-def fill(handle: nbd.NBD, image: bytes) -> None:
-    """Write an image in pieces of 1 MiB."""
-    for offset in range(0, len(image), 1 << 20):
-        handle.pwrite(image[offset : offset + (1 << 20)], offset)
 
 
 def test_full_disk_of_the_only_copy_is_told_and_heals(tmp_path: Path, make_pair: MakePair) -> None:
