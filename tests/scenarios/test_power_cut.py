@@ -5,35 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.fixtures import MakePair
+from tests.support.fixtures import MakePair, Powered, powered_pair
 from tests.support.load import Load
-from tests.support.pair import Pair
-from tests.support.powercut import PowerDisk
 
 pytestmark = [pytest.mark.nbdkit, pytest.mark.slow, pytest.mark.usefixtures("require_root")]
 
-Disks = dict[str, PowerDisk]
-
 
 @pytest.fixture
-def powered(tmp_path: Path, make_pair: MakePair) -> Iterator[tuple[Pair, Disks]]:
+def powered(tmp_path: Path, make_pair: MakePair) -> Iterator[Powered]:
     """A pair in sync, each node on a disk of its own whose power can be cut."""
-    disks: Disks = {}
-    try:
-        for name in ("alpha", "beta"):
-            (tmp_path / name).mkdir()
-            disks[name] = PowerDisk(tmp_path / name, 96 << 20)
-        pair = make_pair(data_dirs={n: d.mountpoint / "node" for n, d in disks.items()})
-        for engine in pair.both:
-            engine.allowed.add("EIO")  # a disk without power fails every path that meets it
-        yield pair.up(), disks
-        pair.close()
-    finally:
-        for disk in disks.values():
-            disk.close()
+    with powered_pair(tmp_path, make_pair, disk_bytes=96 << 20) as made:
+        yield made
 
 
-def test_primary_loses_power_other_takes_over(powered: tuple[Pair, Disks]) -> None:
+def test_primary_loses_power_other_takes_over(powered: Powered) -> None:
     """Breaks in the field: promise (a): an acknowledged write is lost with one server's power."""
     pair, disks = powered
     alpha, beta = pair.both
@@ -56,7 +41,7 @@ def test_primary_loses_power_other_takes_over(powered: tuple[Pair, Disks]) -> No
     load.assert_kept(alpha.data, beta.data)
 
 
-def test_secondary_loses_power_and_returns(powered: tuple[Pair, Disks]) -> None:
+def test_secondary_loses_power_and_returns(powered: Powered) -> None:
     """Breaks in the field: blocks that the secondary had acknowledged, not flushed, stay lost."""
     pair, disks = powered
     alpha, beta = pair.both
@@ -78,7 +63,7 @@ def test_secondary_loses_power_and_returns(powered: tuple[Pair, Disks]) -> None:
     load.assert_kept(alpha.data, beta.data)
 
 
-def test_both_lose_power_flushed_writes_are_there(powered: tuple[Pair, Disks]) -> None:
+def test_both_lose_power_flushed_writes_are_there(powered: Powered) -> None:
     """Breaks in the field: promise (b): a flush does not survive the power of both."""
     pair, disks = powered
     alpha, beta = pair.both
@@ -104,7 +89,7 @@ def test_both_lose_power_flushed_writes_are_there(powered: tuple[Pair, Disks]) -
     load.assert_kept(alpha.data, beta.data)
 
 
-def test_resync_target_loses_power(powered: tuple[Pair, Disks]) -> None:
+def test_resync_target_loses_power(powered: Powered) -> None:
     """Breaks in the field: a bit was cleared for a block that never got onto the target's disk."""
     pair, disks = powered
     alpha, beta = pair.both
