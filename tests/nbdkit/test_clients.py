@@ -15,14 +15,14 @@ pytestmark = [pytest.mark.nbdkit, pytest.mark.slow]
 
 def run(*command: str) -> str:
     """Run one client; what it said, or an error with all of it."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=50)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=150)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
 def refused(*command: str) -> str:
     """Run one client that has to fail; returns what it said."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=50)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=150)
     assert done.returncode != 0, f"{command} worked\n{done.stdout}"
     return done.stdout + done.stderr
 
@@ -122,7 +122,7 @@ def test_file_system_made_over_nbd(make_pair: MakePair, make: list[str], check: 
         run("sync", str(device))
     finally:
         run("fusermount3", "-u", str(mountpoint))
-        fuse.wait(10)
+        fuse.wait(60)
     pair.alpha.command("drain")
     pair.stop()
     pair.assert_equal()

@@ -47,7 +47,6 @@ def test_unaligned_bytes_and_big_requests(make_pair: MakePair) -> None:
     assert pair.beta.data.read_bytes() == expected
 
 
-@pytest.mark.timeout(180)
 def test_trim_and_zero_up_to_the_largest_range(make_pair: MakePair) -> None:
     """Breaks in the field: blkdiscard of a whole disk ends the mirror."""
     pair = make_pair(size=5 * GIB).up(sparse=True)
@@ -113,7 +112,7 @@ def demoting(engine: Engine) -> Iterator[None]:
     thread.start()
     engine.wait_state(lambda s: s["role"] != "primary", "the gate is shut")
     yield
-    thread.join(30)
+    thread.join(60)
     assert not thread.is_alive()
     assert engine.state()["clients"] == 0
 
@@ -264,7 +263,7 @@ def test_overlapping_writes_on_several_connections_end_equal(pair: Pair) -> None
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(40)
+        thread.join(60)
         assert not thread.is_alive()
     for handle in handles:
         handle.shutdown()

@@ -37,7 +37,7 @@ def failing(engine: Engine, call: str, path: Path, number: str = "EIO") -> Itera
         yield
     finally:
         tracer.send_signal(signal.SIGINT)
-        tracer.wait(10)
+        tracer.wait(60)
         assert tracer.stderr is not None
         tracer.stderr.close()
 

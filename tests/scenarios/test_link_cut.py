@@ -1,6 +1,9 @@
 """The connection between the nodes breaks: at any byte, silently, again and again."""
 
 import random
+import select
+import socket
+import threading
 
 import pytest
 
@@ -9,6 +12,39 @@ from tests.support.pair import Pair
 from tests.support.proxy import Proxy
 
 pytestmark = [pytest.mark.nbdkit, pytest.mark.slow]
+
+
+def take(end: socket.socket, count: int) -> None:
+    """Receive `count` bytes."""
+    while count:
+        piece = end.recv(min(count, 1 << 20))
+        assert piece, "the connection ended"
+        count -= len(piece)
+
+
+def test_the_relay_passes_on_when_both_directions_are_full() -> None:
+    """Breaks in the field: nothing. But a relay that dies of two full directions, as a resync under
+    load makes them, is a cut for ever that no test has asked for.
+    """
+    data = bytes(64 << 20)  # more than the sockets on the way can hold
+    proxy = Proxy()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        proxy.target = listener.getsockname()[:2]
+        one = socket.create_connection(proxy.address)
+        other, _ = listener.accept()
+    with one, other:
+        senders = [
+            threading.Thread(target=end.sendall, args=(data,), daemon=True) for end in (one, other)
+        ]
+        for end in (one, other):
+            end.settimeout(60)
+        senders[0].start()
+        while select.select([], [one], [], 0.5)[1]:
+            pass  # until nothing more fits into this direction
+        senders[1].start()
+        for end in (one, other):
+            take(end, len(data))
+    proxy.close()
 
 
 def test_cut_at_random_bytes_resumes(proxied: tuple[Pair, Proxy]) -> None:
@@ -56,7 +92,7 @@ def test_black_hole_freezes_and_resumes(proxied: tuple[Pair, Proxy]) -> None:
     load.wait(100)
     seen = alpha.last_event()
     proxy.swallow(True)
-    lost = alpha.wait_event("session-lost", after=seen, bound_s=5)
+    lost = alpha.wait_event("session-lost", after=seen)
     proxy.swallow(False)
     alpha.wait_event("resumed", after=lost["number"])
     load.wait(100)

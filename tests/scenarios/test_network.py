@@ -98,7 +98,7 @@ def test_a_loss_longer_than_every_deadline(hosts: Pair, network: Network) -> Non
     generation = alpha.state()["generation"]
     seen = alpha.last_event()
     network.cut(*OTHER)
-    alpha.wait_event("held", after=seen, bound_s=FREEZE_LIMIT_MS / 1000 + 20)
+    alpha.wait_event("held", after=seen)
     state = alpha.state()
     assert state["frozen"]
     assert state["question"] == "frozen", "it goes on asking"
@@ -111,7 +111,6 @@ def test_a_loss_longer_than_every_deadline(hosts: Pair, network: Network) -> Non
     ends_equal(hosts, load)
 
 
-@pytest.mark.timeout(120)
 def test_every_fifth_packet_is_lost(hosts: Pair, network: Network) -> None:
     """Breaks in the field: on a bad line sessions end again and again, and each end loses a write,
     doubles one, or costs a decision that nobody wanted.

@@ -43,7 +43,6 @@ def power_off(powered: Powered, *names: str) -> None:
         engine.kill()
 
 
-@pytest.mark.timeout(180)
 def test_commits_survive_the_power_of_one_node(powered: Powered, tmp_path: Path) -> None:
     """Breaks in the field: a server loses its power, the database opens on the other one, and a
     payment that was confirmed to the customer is not in it.
@@ -75,7 +74,6 @@ def test_commits_survive_the_power_of_one_node(powered: Powered, tmp_path: Path)
     pair.assert_equal()
 
 
-@pytest.mark.timeout(180)
 def test_commits_survive_the_power_of_both_nodes(powered: Powered, tmp_path: Path) -> None:
     """Breaks in the field: the power of the whole house fails, both servers come back equal, and
     the database lacks commits that were fsynced.

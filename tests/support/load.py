@@ -67,14 +67,14 @@ class Load:
         self._stopping.set()
         return self.ended()
 
-    def ended(self, bound_s: float = 30.0) -> "Load":
+    def ended(self, bound_s: float = 60.0) -> "Load":
         """Wait for the end: asked for, or because the server went away."""
         assert self._thread is not None
         self._thread.join(bound_s)
         assert not self._thread.is_alive(), "the client still waits for an answer"
         return self
 
-    def wait(self, more: int, bound_s: float = 20.0) -> None:
+    def wait(self, more: int, bound_s: float = 60.0) -> None:
         """Until `more` further writes were acknowledged.
 
         Raises:

@@ -142,16 +142,25 @@ class Proxy:
         except OSError:
             self._drop(target)
             return
-        source = self._pairs[target]
         if sent < len(piece):
             self._waiting[target] = piece[sent:]
-            self._selector.modify(target, selectors.EVENT_READ | selectors.EVENT_WRITE)
-            with contextlib.suppress(KeyError):
-                self._selector.unregister(source)
-        else:
-            self._selector.modify(target, selectors.EVENT_READ)
-            with contextlib.suppress(KeyError):
-                self._selector.register(source, selectors.EVENT_READ)
+        self._watch(target)
+        self._watch(self._pairs[target])
+
+    def _watch(self, one: socket.socket) -> None:
+        """Wait for what this end can do now. Both ends may be full at once, so each is asked
+        anew, and neither touches what the other direction waits for.
+        """
+        readable = 0 if self._pairs[one] in self._waiting else selectors.EVENT_READ
+        writable = selectors.EVENT_WRITE if one in self._waiting else 0
+        wanted = readable | writable
+        watched = one in self._selector.get_map()
+        if wanted and watched:
+            self._selector.modify(one, wanted)
+        elif wanted:
+            self._selector.register(one, wanted)
+        elif watched:
+            self._selector.unregister(one)
 
     def _drop(self, one: socket.socket) -> None:
         other = self._pairs.pop(one, None)
