@@ -102,7 +102,7 @@ class Peering:
 
     async def _listen_for_ever(self) -> None:
         loop = asyncio.get_running_loop()
-        listener = self._listener()
+        listener = await self._listening()
         while True:
             try:
                 connection, address = await loop.sock_accept(listener)
@@ -120,14 +120,28 @@ class Peering:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
+    async def _listening(self) -> socket.socket:
+        """The listening socket, as soon as it can be had: at boot the address may come later."""
+        while True:
+            try:
+                return self._listener()
+            except OSError as error:
+                host, port = self._mine
+                self._note(f"listening for the peer at {host} port {port}: {error.strerror}")
+                await asyncio.sleep(RECONNECT_MS_MAX / 1000)
+
     def _listener(self) -> socket.socket:
         host, port = self._mine
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setblocking(False)
-        listener.bind((host, port))
-        listener.listen(LISTEN_BACKLOG)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setblocking(False)
+            listener.bind((host, port))
+            listener.listen(LISTEN_BACKLOG)
+        except OSError:
+            listener.close()
+            raise
         return listener
 
     async def _accepted(self, connection: socket.socket, *, stranger: bool) -> None:

@@ -15,7 +15,7 @@ from nbdmirror.errors import AuthenticationError, PeerProtocolError, PeerRefused
 from tests.support.fixtures import MakePair
 from tests.support.impostor import Proven, dial, ended_by_the_other, prove
 from tests.support.load import Load
-from tests.support.pair import Engine, Pair
+from tests.support.pair import PEER_PORT, Engine, Pair
 from tests.support.proxy import Proxy, reset
 
 pytestmark = [pytest.mark.nbdkit, pytest.mark.slow]
@@ -185,6 +185,19 @@ def test_bad_frames_from_one_who_has_the_key(pair: Pair, make: Callable[[Proven]
     assert not load.error
     pair.stop()
     pair.assert_equal()
+
+
+def test_a_port_that_is_taken_is_had_later(make_pair: MakePair) -> None:
+    """Breaks in the field: at boot the address is not there yet, or another program has the port
+    for a moment, and the node never meets its peer until somebody restarts it.
+    """
+    pair = make_pair().create()
+    alpha, beta = pair.both
+    with socket.create_server((pair.hosts["beta"], PEER_PORT)):
+        beta.start()
+        beta.wait_state(lambda s: "listening for the peer" in s["refusal"], "it says so")
+    alpha.start()
+    pair.synced()
 
 
 def test_connections_that_break_at_once(pair: Pair) -> None:
