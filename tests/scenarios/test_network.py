@@ -120,6 +120,7 @@ def test_every_fifth_packet_is_lost(hosts: Pair, network: Network) -> None:
     load.wait(100)
     network.lose(LOST_PERCENT)
     load.wait(200, 60)
+    assert all(network.lost(host) > 10 for host in OTHER), "the line was not bad at all"
     network.heal()
     load.wait(100)
     hosts.synced()

@@ -6,6 +6,7 @@ behind. A fault is a rule at the receiver (nftables), so the sender never hears 
 touch a namespace that it did not make.
 """
 
+import re
 import subprocess
 from typing import Self
 
@@ -55,26 +56,35 @@ class Network:
         """
         return ("nsenter", f"--net=/proc/{self._holders[name].pid}/ns/net")
 
-    def run(self, name: str, *command: str, given: str = "") -> None:
-        """One command on a host, to its end."""
+    def run(self, name: str, *command: str, given: str = "") -> str:
+        """One command on a host, to its end; returns what it said."""
         done = subprocess.run(
             [*self.enter(name), *command], input=given, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, f"{name}: {command}: {done.stderr}"
+        return done.stdout
 
     # --- faults -----------------------------------------------------------------------------
 
     def cut(self, *senders: str) -> None:
         """From now on nothing that these hosts send arrives, and no end says so."""
         for sender in senders:
-            self._rule(OTHER[sender], f"ip saddr {ADDRESSES[sender]} drop")
+            self._rule(OTHER[sender], f"ip saddr {ADDRESSES[sender]} counter drop")
 
     def lose(self, percent: int) -> None:
         """From now on so many packets of a hundred are lost, in both directions."""
         for receiver, sender in OTHER.items():
             self._rule(
-                receiver, f"ip saddr {ADDRESSES[sender]} numgen random mod 100 < {percent} drop"
+                receiver,
+                f"ip saddr {ADDRESSES[sender]} numgen random mod 100 < {percent} counter drop",
             )
+
+    def lost(self, receiver: str) -> int:
+        """How many packets to this host the present fault has taken."""
+        (count,) = re.findall(
+            r"counter packets (\d+)", self.run(receiver, "nft", "list", "ruleset")
+        )
+        return int(count)
 
     def heal(self) -> None:
         """Every packet arrives again."""
