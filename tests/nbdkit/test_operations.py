@@ -140,7 +140,9 @@ def test_demotion_under_load_says_shutdown(make_pair: MakePair) -> None:
     requests = Requests(alpha.connect())
     beta.freeze()
     requests.write("in flight before")
-    alpha.wait_state(lambda s: s["in_flight"] == 1, "it waits for beta")
+    alpha.wait_state(
+        lambda s: s["in_flight"] >= 1, "it waits for beta, perhaps beside a background flush"
+    )
     requests.write("waits for the first")
     with demoting(alpha):
         operations: dict[str, Callable[[], object]] = {
@@ -174,7 +176,7 @@ def test_frozen_writes_are_answered_by_demote(pair: Pair) -> None:
     alpha.wait_state(lambda s: s["frozen"], "frozen")
     for name in ("first", "waits for the first", "and the next"):
         requests.write(name)
-    alpha.wait_state(lambda s: s["in_flight"] == 1, "it waits")
+    alpha.wait_state(lambda s: s["in_flight"] >= 1, "it waits")
     with demoting(alpha):
         codes = requests.answered()
     assert list(codes.values()) == [errno.ESHUTDOWN] * 3, codes
