@@ -74,10 +74,9 @@ def settle(node: Node, opened: Opened) -> Path:
         flags = sb.flags & ~Flags.CLEAN
         if opened.fell_back:
             flags |= Flags.FELL_BACK
-        if opened.log_damaged:
-            flags |= Flags.CACHE_LOST
         if not opened.cache_survived:
-            return replace(sb, flags=flags)
+            # Stored, because a clean stop of this engine would make the next one forget it.
+            return replace(sb, flags=flags | Flags.CACHE_LOST)
         return replace(sb, flags=flags, boot_id=opened.boot_id, mount_id=opened.mount_id)
 
     # Always: what a killed engine wrote last may be in one slot, and in the page cache only. It was

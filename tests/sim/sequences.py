@@ -50,7 +50,7 @@ SEQUENCES: Final = {
         shown.intent_not_written, shown.frozen_then_alone, shown.failed_sync_is_remembered,
         shown.promoted_while_applying, shown.target_map_cut_off, shown.dirty_in_sync_drains,
         shown.leave_under_load, shown.evicted_region_is_in_the_map,
-        shown.unflushed_region_stays_hot,
+        shown.unflushed_region_stays_hot, shown.lost_cache_survives_a_clean_stop,
     ),
     **_named(
         "memory",

@@ -149,3 +149,23 @@ def unflushed_region_stays_hot(s: Scene) -> None:
     s.start(s.b)
     s.synced()
     s.both_have(*written)
+
+
+def lost_cache_survives_a_clean_stop(s: Scene) -> None:
+    """A lost W with its power, and is stopped in order before it met B: it is still held back."""
+    s.pair()
+    first = s.write(s.a, 5)
+    s.cut()
+    s.power(s.a)
+    s.start(s.a)
+    s.stop(s.a)
+    s.start(s.a)
+    assert "rule 12" in s.refused(s.a, roles.promote(s.node(s.a)))
+    s.heal()
+    s.synced()
+    assert s.leads(s.b)
+    s.both_have(first)
+    s.stop(s.a)
+    s.start(s.a)
+    s.synced()
+    assert Flags.CACHE_LOST not in s.on_disk(s.a).flags

@@ -168,6 +168,13 @@ RIGHTS: Final = (
              "    same_life = any(boot_id)\n"),
         sequences=("power_cut_bars_promotion",), quick=True,
     ),
+    Mutant(
+        "lost-cache-not-stored", 12,
+        "a clean stop makes the next start believe in a page cache that was lost before",
+        core("opening", "            return replace(sb, flags=flags | Flags.CACHE_LOST)\n",
+             "            return replace(sb, flags=flags)\n"),
+        sequences=("lost_cache_survives_a_clean_stop",), quick=True,
+    ),
     # --- 14: what is never promoted or a source --------------------------------------------------
     Mutant(
         "inconsistent-promoted", 14,
