@@ -5,6 +5,10 @@ must be one that `tests/model/protocol.py` has, under the condition that it has 
 walks through all orders of few events; the simulator draws long ones from the production code.
 This is what ties the two: if an engine does a step that the model does not know, the model proves
 nothing about it. It reads what is durable and never looks at data.
+
+A step of the model is one moment, a store takes time: what else is durable is judged as it was when
+the store began. So each part of a step has to be durable before the next one begins; and a store
+that comes to light late, because its sync failed or a kill cut it short, is what it was.
 """
 
 from collections.abc import Callable
@@ -22,8 +26,16 @@ RIGHTS = Flags.ALONE | Flags.PEER_OUTDATED
 UNUSABLE = frozenset({DataState.INCONSISTENT, DataState.BLANK})
 
 
+class Begun(NamedTuple):
+    """A store that was begun, and what else was durable at that moment."""
+
+    superblock: Superblock
+    theirs: Superblock
+    record: Held | None
+
+
 class Step(NamedTuple):
-    """One change of one superblock, with what else is durable at that moment."""
+    """One change of one superblock, with what else was durable when it began."""
 
     me: int
     before: Superblock
@@ -253,7 +265,11 @@ class Abstract:
         self.joints: set[bytes] = set()
         # What a power cut may still bring back: a store that a kill cut short is in the cache only.
         self.unsure: list[Superblock | None] = [None, None]
+        # Per node: what it has begun to store, by sequence, and what else was durable then.
+        self.begun: tuple[dict[int, Begun], dict[int, Begun]] = ({}, {})
         self.steps: list[Step] = []
+        for host in hosts:
+            host.on_begin = self.begins
 
     def counts(self) -> dict[str, int]:
         """How often each rule alone allowed a step: a rule without any is not needed."""
@@ -272,6 +288,12 @@ class Abstract:
         if self.arbiter is not None and self.arbiter.held is not self.record:
             self.swapped(self.arbiter.held)
 
+    def begins(self, index: int, superblock: Superblock) -> None:
+        """A node begins to store a superblock; an earlier one of that number came to nothing."""
+        theirs = self.hosts[1 - index].sb
+        record = self.arbiter.held if self.arbiter is not None else None
+        self.begun[index][superblock.sequence] = Begun(superblock, theirs, record)
+
     def stored(self, index: int) -> None:
         """A superblock changed."""
         before, after = self.blocks[index], self.hosts[index].sb
@@ -285,7 +307,11 @@ class Abstract:
         self.heard |= {after.generation, after.pending}
         if after.pending_kind is PendingKind.JOINT:
             self.joints.add(after.pending)
-        step = Step(index, before, after, self.hosts[1 - index].sb, self.record, forced, fresh)
+        begun = self.begun[index].get(after.sequence)
+        if begun is None or begun.superblock != after:
+            # Not a store, but what is found on the disk after a power cut.
+            begun = Begun(after, self.hosts[1 - index].sb, self.record)
+        step = Step(index, before, after, begun.theirs, begun.record, forced, fresh)
         self.steps.append(step)
         if not any(rule(step) for rule in STEPS):
             raise ViolationError(f"model: no step leads {'AB'[index]} there: {told(step)}")

@@ -299,13 +299,12 @@ class SimStore:
 class SimMeta:
     """The metadata port. A new one for each life, over the same file."""
 
-    def __init__(
-        self, file: SimFile, size_bytes: int, on_store: Callable[[Superblock], None]
-    ) -> None:
+    def __init__(self, file: SimFile, size_bytes: int) -> None:
         self.file = file
         self.size_bytes = size_bytes
         self._failed = False
-        self._on_store = on_store
+        self.on_begin: Callable[[Superblock], None] | None = None
+        self.on_store: Callable[[Superblock], None] | None = None
 
     def write_superblock(self, superblock: Superblock) -> Any:
         """Slot 0, sync, slot 1, sync."""
@@ -313,9 +312,12 @@ class SimMeta:
 
     def _store_superblock(self, superblock: Superblock) -> Path:
         block = encode(superblock)
+        if self.on_begin is not None and not self._failed:
+            self.on_begin(superblock)
         for offset in SUPERBLOCK_SLOT_OFFSETS_BYTES:
             yield from self._store([(offset, block)])
-        self._on_store(superblock)
+        if self.on_store is not None:
+            self.on_store(superblock)
 
     def write_blocks(self, blocks: Sequence[tuple[int, bytes]]) -> Any:
         """All of them, then one sync."""

@@ -44,6 +44,7 @@ class Host:
         self.meta = SimFile(world, f"{self.name}/meta")
         self.life: EngineLife | None = None
         self.on_start: Callable[[EngineLife], None] | None = None
+        self.on_begin: Callable[[int, Superblock], None] | None = None
         self.settings = Settings()
         self.hot_regions_max = 0
         self.power_count = 0
@@ -91,7 +92,7 @@ class Host:
 
     def judge(self) -> Opened:
         """What an engine would find that started now. Raises MetadataError."""
-        meta = SimMeta(self.meta, GEOMETRY.metadata_bytes, lambda _sb: None)
+        meta = SimMeta(self.meta, GEOMETRY.metadata_bytes)
         mount_id = bytes(reversed(self.boot_id))
         return open_metadata(
             meta.read_slots(), meta.read_ring(), meta.read_map(), self.boot_id, mount_id
@@ -144,7 +145,8 @@ class EngineLife(Life):
         instance = self.random_bytes(16)
         self.store = SimStore(host.data, DEVICE_BYTES)
         self.store.on_write = self._on_write
-        meta = SimMeta(host.meta, GEOMETRY.metadata_bytes, self._on_store)
+        meta = SimMeta(host.meta, GEOMETRY.metadata_bytes)
+        meta.on_begin, meta.on_store = self._on_begin, self._on_store
         self.opened = opened
         self.node = Node(self, self.store, meta, opened, host.settings, instance)
         if host.hot_regions_max:
@@ -198,6 +200,10 @@ class EngineLife(Life):
     def _on_write(self, offset: int, end: int) -> None:
         assert self.world.running is not None
         self.host.checker.write_starts(self.host, self.world.running.name, offset, end)
+
+    def _on_begin(self, superblock: Superblock) -> None:
+        if self.host.on_begin is not None:
+            self.host.on_begin(self.host.index, superblock)
 
     def _on_store(self, superblock: Superblock) -> None:
         before, self.host.sb = self.host.sb, superblock
