@@ -199,12 +199,19 @@ class Node(Durable):
             yield (self.store.fdatasync,)
         except StoreError as error:
             self.note_failure(str(error))
+            yield from self.record_failure()
             raise
 
     def note_failure(self, reason: str, *, lost: bool = True) -> None:
-        """This copy failed; nobody waits for what its disk will not do any more."""
+        """This copy failed; nobody waits for what its disk will not do any more.
+
+        A loss is recorded at once: an engine that ends before it is would be believed again.
+        """
+        is_news = lost and not self.failure_lost
         super().note_failure(reason, lost=lost)
         wake_all(self._local_waiters)
+        if is_news:
+            self.shell.spawn("record-failure", self.record_failure())
 
     def record_failure(self) -> Path:
         """Store that this copy failed, as well as it can; else the survivor's generation marks it.

@@ -476,6 +476,9 @@ def stop_now(node: Node) -> Path:
     yield from node.quiesce()
     node.forget_peer()
     if node.failed:
+        if node.failure_lost:
+            # The process ends now, and the next one would believe the page cache.
+            yield from node.record_failure()
         return
     yield from node.sync()
     yield from node.save_pages(node.dirty.stale_pages())

@@ -168,14 +168,12 @@ class Upkeep:
             self.progress_mark = (examined, now_ms)
 
     def failure(self, now_ms: int) -> None:
-        """Record a failure of this copy, best effort, and hand over where a peer can serve."""
+        """Hand over where this copy failed and a peer can serve."""
         node = self.node
         if not node.failed:
             return
         if self.failed_ms is None:
             self.failed_ms = now_ms
-            if node.failure_lost:
-                node.shell.spawn("record-failure", node.record_failure())
         session = node.session
         if session is not None and now_ms - self.failed_ms > node.ack_timeout_ms * LOCAL_IO_FACTOR:
             # The metadata lies on the same disk: the survivor's new generation marks this side.

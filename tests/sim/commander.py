@@ -107,7 +107,7 @@ class Commander:
     def restart(self, life: EngineLife, after_ms: int) -> None:
         """Kill an engine and start the next one."""
         if life.alive:
-            life.host.end(power=False)
+            life.host.crash(power=False)
             self.world.at(after_ms, self.world.life, life.host.start)
 
     def _peer_serves(self, life: EngineLife) -> bool:

@@ -75,22 +75,22 @@ class Faults:
     def kill(self) -> None:
         """An engine is killed and started again."""
         host = self._host()
-        host.end(power=False)
+        host.crash(power=False)
         self._start_later(host)
 
     def power(self) -> None:
         """A host loses power and boots."""
         host = self._host()
-        host.end(power=True)
+        host.crash(power=True)
         self._start_later(host)
 
     def power_both(self) -> Path:
         """Both hosts lose power, at once or shortly after each other."""
         first = self._host()
-        first.end(power=True)
+        first.crash(power=True)
         self._start_later(first, 500)
         yield (sleep, self.rng.choice((0, 1, 30, 600)))
-        first.peer.end(power=True)
+        first.peer.crash(power=True)
         self._start_later(first.peer, 500)
 
     def slow_disk_power(self) -> Path:
@@ -99,7 +99,7 @@ class Faults:
         host.data.slow_factor = host.meta.slow_factor = 20
         yield (sleep, self.rng.randrange(50, 1200))
         host.data.slow_factor = host.meta.slow_factor = 1
-        host.end(power=self.rng.random() < 0.6)
+        host.crash(power=self.rng.random() < 0.6)
         self._start_later(host)
 
     def pause(self) -> None:
@@ -222,7 +222,7 @@ class Faults:
     def _end(self, life: EngineLife) -> None:
         """The process ends, whatever became of the stop."""
         if life.alive:
-            life.host.end(power=self.rng.random() < 0.3)
+            life.host.crash(power=self.rng.random() < 0.3)
         self._start_later(life.host, 20, 6000)
 
     def drain(self) -> None:

@@ -169,3 +169,15 @@ def lost_cache_survives_a_clean_stop(s: Scene) -> None:
     s.start(s.a)
     s.synced()
     assert Flags.CACHE_LOST not in s.on_disk(s.a).flags
+
+
+def failed_flush_at_the_stop_is_recorded(s: Scene) -> None:
+    """A is stopped, and the flush of its stop fails: the next engine on A knows that."""
+    s.pair()
+    s.write(s.a, 5)
+    s.kill(s.b)
+    s.a.data.fail_sync = errno.EIO
+    s.command(s.a, roles.stop(s.node(s.a)))
+    s.a.end(power=False)
+    s.start(s.a)
+    assert "rule 5" in s.refused(s.a, roles.promote(s.node(s.a)))

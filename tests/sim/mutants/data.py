@@ -215,10 +215,21 @@ DATA: Final = (
     Mutant(
         "failed-sync-forgotten", 5,
         "a sync that failed is tried again and believed",
-        core("node", "            self.note_failure(str(error))\n            raise\n\n"
+        core("node", "            self.note_failure(str(error))\n"
+             "            yield from self.record_failure()\n            raise\n\n"
              "    def note_failure",
              "            raise\n\n    def note_failure"),
         sequences=("failed_sync_is_remembered",), quick=True,
+    ),
+    Mutant(
+        "failed-stop-not-recorded", 5,
+        "an engine that is stopped over a failed flush leaves a copy that is believed again",
+        core("roles",
+             "        if node.failure_lost:\n"
+             "            # The process ends now, and the next one would believe the page cache.\n"
+             "            yield from node.record_failure()\n        return\n",
+             "        return\n"),
+        sequences=("failed_flush_at_the_stop_is_recorded",), quick=True,
     ),
     # --- 6: fenced by session --------------------------------------------------------------------
     Mutant(
