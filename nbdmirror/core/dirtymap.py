@@ -292,6 +292,12 @@ class DirtyMap:
             bad.append(missing)
         return bad
 
+    def doubt_saved(self) -> None:
+        """No page with a bit counts as saved any more: it was read, and may be in a cache only."""
+        for index in range(self.geometry.page_count):
+            if self.page_any(index):
+                self._unsaved.add(index)
+
     def merge_page(self, index: int, bits: bytes) -> None:
         """Add the dirty extents of a peer's page (4032 bytes of bits).
 

@@ -45,6 +45,9 @@ def open_metadata(
         for region in loaded.hot:
             dirty.mark_region(region, suspect=True)
     clean = bool(sb.flags & Flags.CLEAN)
+    if not clean:
+        # Whoever was killed over a failed sync left pages that the cache shows and the disk lacks.
+        dirty.doubt_saved()
     same_life = sb.boot_id == boot_id and sb.mount_id == mount_id and any(boot_id)
     survived = (clean or same_life) and not sb.flags & (Flags.CACHE_LOST | Flags.FAILED)
     # Damage is no sign of a quiet life: such a node has to meet its peer first.

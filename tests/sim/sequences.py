@@ -51,7 +51,7 @@ SEQUENCES: Final = {
         shown.promoted_while_applying, shown.target_map_cut_off, shown.dirty_in_sync_drains,
         shown.leave_under_load, shown.evicted_region_is_in_the_map,
         shown.unflushed_region_stays_hot, shown.lost_cache_survives_a_clean_stop,
-        shown.failed_flush_at_the_stop_is_recorded,
+        shown.failed_flush_at_the_stop_is_recorded, shown.page_of_the_map_in_the_cache_only,
     ),
     **_named(
         "memory",

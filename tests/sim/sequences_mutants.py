@@ -181,3 +181,26 @@ def failed_flush_at_the_stop_is_recorded(s: Scene) -> None:
     s.a.end(power=False)
     s.start(s.a)
     assert "rule 5" in s.refused(s.a, roles.promote(s.node(s.a)))
+
+
+def page_of_the_map_in_the_cache_only(s: Scene) -> None:
+    """A was alone and is killed; its next engine fails to write the map and ends, the one after it
+    reads that page from the cache: once the log names other regions a power cut must not take it.
+    """
+    s.pair()
+    s.part()
+    s.alone(s.a)
+    first = s.write(s.a, 5, fua=True)
+    s.kill(s.a)
+    s.a.meta.fail_sync = errno.EIO
+    s.a.start()
+    s.until(lambda: s.a.life is None)
+    s.start(s.a)
+    s.promote(s.a)
+    second = s.write(s.a, 10_000, fua=True)
+    s.power(s.a)
+    s.start(s.a)
+    assert s.node(s.a).dirty.dirty_in(5 * 4096, 6 * 4096)
+    s.heal()
+    s.synced()
+    s.both_have(first, second)

@@ -273,6 +273,12 @@ DATA: Final = (
         sequences=("damaged_log",), quick=True,
     ),
     Mutant(
+        "cached-page-believed", 7,
+        "a page of the map that is in the page cache only counts as saved: a power cut takes it",
+        core("opening", "        dirty.doubt_saved()\n", "        pass\n"),
+        sequences=("page_of_the_map_in_the_cache_only",), quick=True,
+    ),
+    Mutant(
         "damaged-page-is-clean", 7,
         "a damaged page of the map counts as clean",
         core("dirtymap",
