@@ -256,9 +256,7 @@ def local_failure(node: Node, operation: Operation, error: StoreError) -> Path:
     lost = not isinstance(error, OutOfSpaceError)
     if session is not None and session.sending and session.phase is Phase.SYNCED:
         node.note_failure(str(error), lost=lost)
-        node.ask("local-failure")
-        yield from node.wait_for_fence()
-        raise NotPrimaryError("the local disk failed and this node stepped back: outcome unknown")
+        yield from step_aside(node)
     if isinstance(error, OutOfSpaceError) and node.right:
         node.mark_different(operation.offset, operation.end)
         raise error
@@ -266,9 +264,19 @@ def local_failure(node: Node, operation: Operation, error: StoreError) -> Path:
     if session is not None:
         node.lose_session(session, f"the local disk failed: {error}")
     if not node.right:
-        node.ask("local-failure")
-        yield from node.wait_for_fence()
+        yield from step_aside(node)
     raise error
+
+
+def step_aside(node: Node) -> Path:
+    """Hold a request that this disk failed until this node has stepped back.
+
+    Raises:
+        NotPrimaryError: it has. Another copy may serve, so this disk's error would be no answer.
+    """
+    node.ask("local-failure")
+    yield from node.wait_for_fence()
+    raise NotPrimaryError("the local disk failed and this node stepped back: outcome unknown")
 
 
 def read(node: Node, buffer: WriteBuffer, offset: int) -> Path:
@@ -288,8 +296,7 @@ def read(node: Node, buffer: WriteBuffer, offset: int) -> Path:
         except StoreError as error:
             node.note_failure(str(error))
             if not node.right:
-                node.ask("local-failure")
-                yield from node.wait_for_fence()
+                yield from step_aside(node)
             raise
         node.require_primary()
     finally:
