@@ -38,7 +38,9 @@ class Checker(Copies):
         self.counts = {
             "acked": 0, "alone": 0, "flushes": 0, "reads": 0, "syncs": 0, "joints": 0,
             "covers": 0, "stale_reads": 0, "lowered": 0, "unknown": 0, "splits": 0, "equal": 0,
-            "resumed": 0, "refused": 0, "leaves": 0, "evictions": 0,
+            "resumed": 0, "refused": 0, "leaves": 0, "disk_errors": 0,
+            "evicted_alone": 0, "evicted_in_sync": 0, "evicted_by_replica": 0,
+            "ESHUTDOWN": 0, "EIO": 0, "ENOSPC": 0, "EINVAL": 0,
         }  # fmt: skip
         self._had_right = [False, False]
         self._next_cover = 0
@@ -246,6 +248,15 @@ class Checker(Copies):
         self.alone_acks[keeper.index] = True
         self.holders = [i == keeper.index for i in (0, 1)]
         self.lost_by_fault = [False, False]
+
+    def evicted(self, host: Host, count: int) -> None:
+        """Regions left the intent log to make room, or because they were cold."""
+        node = host.node
+        if node is not None and not node.stopping:
+            sending = node.sending_session() is not None
+            role = "in_sync" if sending else "alone"
+            role = "by_replica" if node.role is Role.SECONDARY else role
+            self.counts[f"evicted_{role}"] += count
 
     # --- what the nodes do ----------------------------------------------------------------------
 

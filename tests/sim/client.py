@@ -13,6 +13,7 @@ from nbdmirror.core.node import Role
 from nbdmirror.core.ports import Path
 from nbdmirror.core.wire import FrameFlag
 from nbdmirror.limits import MIB
+from tests.sim import answers
 from tests.sim.checks import Checker
 from tests.sim.disk import SECTOR_BYTES
 from tests.sim.history import Record, payload
@@ -175,11 +176,14 @@ class Client:
         What a client is told is judged by the state it was told in. Returns whether it was good.
         """
         waiter = SimWaiter()
+        began = self.world.steps
         self._count += 1
         number = self._count
 
         def done(_value: Any, error: Exception | None) -> None:
             life.clients.pop(number, None)
+            if error is not None:
+                answers.failed(self.checker, life.host, name, error, began)
             problem = "" if error is None else f"{type(error).__name__}: {error}"
             judge(problem)
             waiter.wake(not problem)

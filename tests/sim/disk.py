@@ -2,9 +2,9 @@
 
 Owns the store and metadata ports of one node. A write reaches the cache when it completes and the
 disk when a sync that began afterwards completes. A kill keeps the cache. A power cut keeps, drops
-or tears each unsynced write on its own, at sectors of 512 bytes. A failed sync drops what it
-should have written (the pages count as clean, "fsyncgate") and fails for ever after. Sparse: only
-written blocks exist.
+or tears each unsynced write on its own, at sectors of 512 bytes. Each operation can be told to
+fail: a change may then be there in part, and a failed sync drops what it should have written (the
+pages count as clean, "fsyncgate") and fails for ever after. Sparse: only written blocks exist.
 """
 
 import errno
@@ -14,12 +14,13 @@ from typing import Any
 
 from nbdmirror.core.ports import Path, ReadBuffer, WriteBuffer
 from nbdmirror.core.superblock import Superblock, encode
-from nbdmirror.errors import OutOfSpaceError, StoreError
+from nbdmirror.errors import NotSupportedError, OutOfSpaceError, StoreError
 from nbdmirror.limits import (
     LOG_BLOCKS_COUNT,
     LOG_OFFSET_BYTES,
     MAP_OFFSET_BYTES,
     META_BLOCK_BYTES,
+    MIB,
     SUPERBLOCK_SLOT_OFFSETS_BYTES,
 )
 from tests.sim.world import Op, Task, World
@@ -27,6 +28,10 @@ from tests.sim.world import Op, Task, World
 BLOCK_BYTES = 4096
 SECTOR_BYTES = 512
 ZERO_BLOCK = bytes(BLOCK_BYTES)
+CHANGES = ("write", "zero", "trim")
+OPERATIONS = (*CHANGES, "sync", "read")
+# A system that cannot zero or trim a range so, or has no room to note it: zeros are written.
+FALLS_BACK = frozenset({errno.EOPNOTSUPP, errno.ENOSPC})
 
 Blocks = dict[int, bytes]
 
@@ -101,9 +106,11 @@ class SimFile:
         self.started: dict[int, Change] = {}
         self._serial = 0
         self.slow_factor = 1
-        self.fail_write = 0
-        self.fail_sync = 0
         self.failed = False
+        # Operation: the errno it fails with; those of `once` fail one time only.
+        self.failing: dict[str, int] = {}
+        self.once: dict[str, int] = {}
+        self.on_error: Callable[[str, int], None] | None = None
         self.version = 0
         # Blocks whose content in the cache may have changed since somebody looked; None: all.
         self.touched: set[int] | None = None
@@ -126,6 +133,10 @@ class SimFile:
 
     def make_range_durable(self, offset: int, end: int) -> None:
         """Everything pending in the pages of a range reaches the disk, and what is below it."""
+        self.make_durable(self.below(offset, end))
+
+    def below(self, offset: int, end: int) -> list[int]:
+        """What is pending in the pages of a range, and what lies below that, oldest first."""
         ranges = [(offset // BLOCK_BYTES * BLOCK_BYTES, -(-end // BLOCK_BYTES) * BLOCK_BYTES)]
         chosen: list[int] = []
         # Newest first: what lies under a chosen change must not come over it later.
@@ -134,7 +145,29 @@ class SimFile:
             if any(change.offset < stop and start < change.end for start, stop in ranges):
                 chosen.append(serial)
                 ranges.append((change.offset, change.end))
-        self.make_durable(chosen[::-1])
+        return chosen[::-1]
+
+    def fail(self, number: int, *operations: str) -> None:
+        """The next one of each of these operations fails, once."""
+        self.once.update(dict.fromkeys(operations, number))
+
+    def heal(self) -> None:
+        """Nothing fails any more, but for what a failed sync has spoiled."""
+        self.failing.clear()
+        self.once.clear()
+
+    def error(self, operation: str) -> int:
+        """The errno that this operation fails with now, 0 if it does not."""
+        number = self.once.pop(operation, 0) or self.failing.get(operation, 0)
+        if number and self.on_error is not None:
+            self.on_error(operation, number)
+        return number
+
+    def spoil(self, serials: Sequence[int]) -> None:
+        """A sync of these changes failed: the cache shows them as clean, the disk lacks them."""
+        self.failed = True
+        for serial in serials:
+            self.pending.pop(serial, None)
 
     def read(self, offset: int, length: int) -> bytes:
         """From the cache."""
@@ -147,7 +180,7 @@ class SimFile:
                 for part in [change] if rng.random() < 0.5 else change.torn(rng):
                     self.apply(part)
         self.started.clear()
-        self.fail_write = self.fail_sync = 0
+        self.once.clear()
         self.failed = False
         if not power:
             return
@@ -199,42 +232,50 @@ class DiskOp(Op):
         self.task._step(None, None)
 
 
-def write_op(file: SimFile, change: Change, *, durable: bool = False) -> DiskOp:
-    """pwrite, or one that is durable when it returns."""
+def write_op(
+    file: SimFile, change: Change, operation: str = "write", *, durable: bool = False
+) -> DiskOp:
+    """pwrite or fallocate, or a pwrite that is durable when it returns."""
     rng = file.world.rng["disk"]
     serial = file._serial = file._serial + 1
     file.started[serial] = change
 
     def effect() -> None:
         file.started.pop(serial, None)
-        if file.fail_write:
-            number, file.fail_write = file.fail_write, 0
-            if number == errno.ENOSPC:
-                raise OutOfSpaceError(number, f"write {file.name}")
-            raise StoreError(number, f"write {file.name}")
+        number = file.error(operation)
+        if number:
+            for part in change.torn(rng):
+                file.apply(part)
+            raise_error(number, f"{operation} {file.name}")
         file.apply(change)
         if durable:
+            number = file.error("sync")
+            if number:
+                file.spoil(file.below(change.offset, change.end))
             if file.failed:
-                raise StoreError(errno.EIO, f"durable write {file.name}: it failed before")
+                raise StoreError(number or errno.EIO, f"write and sync {file.name}")
             file.make_range_durable(change.offset, change.end)
 
     delay_ms = rng.choice((0, 0, 0, 1, 2)) + (rng.randrange(1, 8) if durable else 0)
     return DiskOp(delay_ms * file.slow_factor, effect)
 
 
+def raise_error(number: int, where: str) -> None:
+    """As production turns an errno into an exception."""
+    raise (OutOfSpaceError if number == errno.ENOSPC else StoreError)(number, where)
+
+
 def sync_op(file: SimFile) -> DiskOp:
-    """fdatasync."""
+    """fdatasync. No room for what was written before is a loss like any other."""
     rng = file.world.rng["disk"]
     serials = list(file.pending)
 
     def effect() -> None:
-        if file.fail_sync:
-            file.fail_sync = 0
-            file.failed = True
-            for serial in serials:
-                file.pending.pop(serial, None)
+        number = file.error("sync")
+        if number:
+            file.spoil(serials)
         if file.failed:
-            raise StoreError(errno.EIO, f"fdatasync {file.name}")
+            raise StoreError(number or errno.EIO, f"fdatasync {file.name}")
         file.make_durable(serials)
 
     return DiskOp(rng.randrange(1, 12) * file.slow_factor, effect)
@@ -243,40 +284,69 @@ def sync_op(file: SimFile) -> DiskOp:
 class SimStore:
     """The backing file port. A new one for each life, over the same file."""
 
-    def __init__(self, file: SimFile, device_bytes: int) -> None:
+    def __init__(
+        self, file: SimFile, device_bytes: int, *, can_trim: bool = True, can_fast_zero: bool = True
+    ) -> None:
         self.file = file
         self.device_bytes = device_bytes
+        self.can_trim = can_trim
+        self.can_fast_zero = can_fast_zero
         self.on_write: Callable[[int, int], None] | None = None
 
-    def _write(self, change: Change, *, durable: bool = False) -> Any:
-        assert 0 <= change.offset < change.end <= self.device_bytes, "outside the device"
+    def _begin(self, offset: int, end: int) -> None:
+        assert 0 <= offset < end <= self.device_bytes, "outside the device"
         if self.on_write is not None:
-            self.on_write(change.offset, change.end)
-        return write_op(self.file, change, durable=durable)
+            self.on_write(offset, end)
 
     def pread(self, buffer: WriteBuffer, offset: int) -> Any:
         """Fill the buffer when it completes."""
 
         def effect() -> None:
+            number = self.file.error("read")
+            if number:
+                raise StoreError(number, f"read {self.file.name}")
             buffer[:] = self.file.read(offset, len(buffer))
 
         return DiskOp(self.file.world.rng["disk"].choice((0, 0, 1)), effect)
 
     def pwrite(self, buffer: ReadBuffer, offset: int) -> Any:
         """Into the cache."""
-        return self._write(Change(offset, offset + len(buffer), bytes(buffer)))
+        self._begin(offset, offset + len(buffer))
+        return write_op(self.file, Change(offset, offset + len(buffer), bytes(buffer)))
 
     def pwrite_durable(self, buffer: ReadBuffer, offset: int) -> Any:
         """Onto the disk."""
-        return self._write(Change(offset, offset + len(buffer), bytes(buffer)), durable=True)
+        self._begin(offset, offset + len(buffer))
+        change = Change(offset, offset + len(buffer), bytes(buffer))
+        return write_op(self.file, change, durable=True)
 
     def zero(self, offset: int, length: int, may_trim: bool) -> Any:
         """Zeros into the cache."""
-        return self._write(Change(offset, offset + length, None))
+        self._begin(offset, offset + length)
+        return self._zeros("zero", offset, offset + length)
 
     def trim(self, offset: int, length: int) -> Any:
-        """The same."""
-        return self._write(Change(offset, offset + length, None))
+        """The same, where it is offered."""
+        self._begin(offset, offset + length)
+        if not self.can_trim:
+            raise NotSupportedError(f"trim {self.file.name}: not here")
+        return self._zeros("trim", offset, offset + length)
+
+    def _zeros(self, operation: str, offset: int, end: int) -> Path:
+        """By the operation if the system has it, else by the next best one, else written."""
+        if operation == "trim" or self.can_fast_zero:
+            try:
+                yield (write_op, self.file, Change(offset, end, None), operation)
+            except StoreError as error:
+                if error.number not in FALLS_BACK:
+                    raise
+                if operation == "trim":
+                    yield from self._zeros("zero", offset, end)
+                    return
+            else:
+                return
+        for at in range(offset, end, MIB):
+            yield (write_op, self.file, Change(at, min(at + MIB, end), None))
 
     def fdatasync(self) -> Any:
         """Everything that completed before is durable."""
@@ -284,6 +354,7 @@ class SimStore:
 
     def data_runs(self, offset: int, length: int) -> Any:
         """Where blocks exist, joined."""
+        assert 0 <= offset <= offset + length <= self.device_bytes, "outside the device"
         first, last = offset // BLOCK_BYTES, (offset + length - 1) // BLOCK_BYTES
         runs: list[tuple[int, int]] = []
         for index in sorted(i for i in self.file.cache if first <= i <= last):

@@ -12,6 +12,7 @@ from nbdmirror.core.node import Role
 from nbdmirror.core.ports import Path
 from tests.sim.checks import Checker
 from tests.sim.commander import Commander
+from tests.sim.disk import CHANGES, OPERATIONS, SimFile
 from tests.sim.host import EngineLife, Host
 from tests.sim.net import Network
 from tests.sim.world import World, sleep
@@ -40,7 +41,8 @@ class Faults:
             self.kill, self.kill, self.power, self.power, self.power_both, self.cut, self.cut,
             self.cut_one_way, self.flap, self.reset, self.reset, self.pause, self.pause,
             self.slow_net, self.slow_disk, self.sync_error, self.write_error, self.no_space,
-            self.meta_error, self.swap, self.swap, self.demote, self.stop, self.stop,
+            self.not_offered, self.read_error, self.full_disk, self.bad_disk, self.meta_error,
+            self.swap, self.swap, self.demote, self.stop, self.stop,
             self.drain, self.compare_all, self.arbiter_down, self.slow_disk_power,
         ]  # fmt: skip
         weights = [self.rng.choice((0, 1, 1, 3)) for _ in self.kinds]
@@ -152,29 +154,51 @@ class Faults:
         yield (sleep, self.rng.randrange(300, 3000))
         host.data.slow_factor = host.meta.slow_factor = 1
 
-    def sync_error(self) -> None:
-        """The next fdatasync of the data fails."""
+    def _fail_once(self, file: str, number: int, *operations: str) -> None:
+        """The next of these operations on one running host fails."""
         host = self._host()
         if host.life is not None:
-            host.data.fail_sync = errno.EIO
+            chosen: SimFile = getattr(host, file)
+            chosen.fail(number, *operations)
+
+    def sync_error(self) -> None:
+        """The next fdatasync of the data fails, with an error or because there is no space."""
+        self._fail_once("data", self.rng.choice((errno.EIO, errno.EIO, errno.ENOSPC)), "sync")
 
     def write_error(self) -> None:
-        """The next write of the data fails."""
-        host = self._host()
-        if host.life is not None:
-            host.data.fail_write = errno.EIO
+        """The next change of the data fails, of one kind or of any."""
+        self._fail_once("data", errno.EIO, *self.rng.choice((CHANGES, ("zero",), ("trim",))))
 
     def no_space(self) -> None:
-        """The next write of the data finds no space."""
-        host = self._host()
-        if host.life is not None:
-            host.data.fail_write = errno.ENOSPC
+        """The next change of the data finds no space; zeros can then only be written."""
+        self._fail_once("data", errno.ENOSPC, *self.rng.choice((("write",), CHANGES)))
+
+    def read_error(self) -> None:
+        """The next read of the data fails."""
+        self._fail_once("data", errno.EIO, "read")
 
     def meta_error(self) -> None:
-        """The next sync of the metadata fails."""
-        host = self._host()
-        if host.life is not None:
-            host.meta.fail_sync = errno.EIO
+        """The next write or sync of the metadata fails."""
+        self._fail_once("meta", errno.EIO, self.rng.choice(("sync", "sync", "write")))
+
+    def not_offered(self) -> Path:
+        """The file system no longer has what it offered: ranges are zeroed and trimmed by hand."""
+        return self._failing(errno.EOPNOTSUPP, self.rng.choice((("trim",), ("trim", "zero"))))
+
+    def full_disk(self) -> Path:
+        """A file system is full for a while, over restarts, too."""
+        return self._failing(errno.ENOSPC, CHANGES)
+
+    def bad_disk(self) -> Path:
+        """Some or all operations on the data of one host fail for a while, over restarts, too."""
+        some = self.rng.sample(OPERATIONS, self.rng.randrange(1, len(OPERATIONS) + 1))
+        return self._failing(errno.EIO, tuple(some))
+
+    def _failing(self, number: int, operations: tuple[str, ...]) -> Path:
+        file = self._host().data
+        file.failing.update(dict.fromkeys(operations, number))
+        yield (sleep, self.rng.choice((50, 400, 1500, 4000)))
+        file.failing.clear()
 
     # --- commands and the arbiter
 

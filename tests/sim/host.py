@@ -4,6 +4,7 @@ Owns what `nbdmirror.engine` owns in production: it puts the core together with 
 its paths, ticks its upkeep and dials. It implements the shell port. It decides nothing.
 """
 
+import errno
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from nbdmirror.core.ports import Path
 from nbdmirror.core.superblock import ArbiterKind, DataState, Flags, Superblock, encode
 from nbdmirror.core.upkeep import Upkeep
 from nbdmirror.limits import META_BLOCK_BYTES, MIB, SUPERBLOCK_SLOT_OFFSETS_BYTES
+from tests.sim.answers import DiskError, is_only_copy
 from tests.sim.disk import Change, SimFile, SimMeta, SimStore
 from tests.sim.world import Life, SimWaiter, Task, World
 
@@ -47,6 +49,9 @@ class Host:
         self.on_begin: Callable[[int, Superblock], None] | None = None
         self.settings = Settings()
         self.hot_regions_max = 0
+        self.can_trim = self.can_fast_zero = True
+        self.errors: list[DiskError] = []
+        self.data.on_error = self.meta.on_error = self._on_error
         self.power_count = 0
         self.boot_id = self._random(16)
         self.sb: Superblock
@@ -54,6 +59,11 @@ class Host:
 
     def _random(self, count: int) -> bytes:
         return self.world.rng["shell"].randbytes(count)
+
+    def _on_error(self, operation: str, number: int) -> None:
+        self.errors.append(DiskError(self.world.steps, is_only_copy(self)))
+        self.checker.counts["disk_errors"] += 1
+        self.world.note(f"{self.name} disk: {operation} fails: {errno.errorcode[number]}")
 
     # --- creation -------------------------------------------------------------------------------
 
@@ -155,14 +165,22 @@ class EngineLife(Life):
         self.silent_since_ms = self.world.now_ms
         opened = host.judge()
         instance = self.random_bytes(16)
-        self.store = SimStore(host.data, DEVICE_BYTES)
+        host.errors.clear()
+        self.store = SimStore(
+            host.data, DEVICE_BYTES, can_trim=host.can_trim, can_fast_zero=host.can_fast_zero
+        )
         self.store.on_write = self._on_write
         meta = SimMeta(host.meta, GEOMETRY.metadata_bytes)
         meta.on_begin, meta.on_store = self._on_begin, self._on_store
         self.opened = opened
         self.node = Node(self, self.store, meta, opened, host.settings, instance)
+        node = self.node
+        node.own_trim_ok = node.trim_ok = self.store.can_trim
+        node.own_fast_zero_ok = node.fast_zero_ok = self.store.can_fast_zero
         if host.hot_regions_max:
-            self.node.log.capacity = host.hot_regions_max
+            node.log.capacity = host.hot_regions_max
+        self._drop = node.log.drop
+        node.log.drop = self._on_drop  # type: ignore[method-assign] # the one way out of the log
         self.upkeep = Upkeep(self.node)
         sb = opened.superblock
         self.identity = Identity(sb.mirror_id, sb.node_id, sb.node_uuid, instance)
@@ -212,6 +230,10 @@ class EngineLife(Life):
     def _on_write(self, offset: int, end: int) -> None:
         assert self.world.running is not None
         self.host.checker.write_starts(self.host, self.world.running.name, offset, end)
+
+    def _on_drop(self, regions: list[int]) -> None:
+        self.host.checker.evicted(self.host, len(regions))
+        self._drop(regions)
 
     def _on_begin(self, superblock: Superblock) -> None:
         if self.host.on_begin is not None:

@@ -63,6 +63,7 @@ class Simulation:
         )
         hot_regions_max = rng.choice((0, 6, 12))
         for host in hosts:
+            host.can_trim, host.can_fast_zero = rng.random() < 0.9, rng.random() < 0.8
             host.settings = settings
             host.hot_regions_max = hot_regions_max
             host.create(creator=host.index == 0, arbiter=kind, zeroed=zeroed)
@@ -112,8 +113,8 @@ class Simulation:
             self.arbiter.down = self.arbiter.unreliable = False
         for host in self.hosts:
             host.data.slow_factor = host.meta.slow_factor = 1
-            host.data.fail_sync = host.data.fail_write = 0
-            host.meta.fail_sync = host.meta.fail_write = 0
+            host.data.heal()
+            host.meta.heal()
             host.start()
         world.run(world.now_ms + 1_500)
         self.client.stopped = True

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from tests.sim import sequences_crashes as crashes
+from tests.sim import sequences_disk as disk
 from tests.sim import sequences_holes as holes
 from tests.sim import sequences_mutants as shown
 from tests.sim.sequences_scene import Scene
@@ -47,6 +48,10 @@ SEQUENCES: Final = {
         holes.command_while_the_peers_word_is_stored, holes.paused_again_and_again,
         holes.swap_of_roles, holes.read_waits_for_write,
         holes.cut_in_joint_step,
+        disk.remote_zero_fails, disk.remote_trim_without_space, disk.local_zero_not_offered,
+        disk.local_trim_fails, disk.local_read_fails, disk.flush_without_space,
+        disk.durable_write_not_synced, disk.last_copy_is_full, disk.full_in_the_joint_step,
+        disk.failure_is_stored_before_it_is_told,
         shown.intent_not_written, shown.frozen_then_alone, shown.failed_sync_is_remembered,
         shown.promoted_while_applying, shown.target_map_cut_off, shown.dirty_in_sync_drains,
         shown.leave_under_load, shown.evicted_region_is_in_the_map,

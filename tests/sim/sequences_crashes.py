@@ -276,7 +276,7 @@ def local_disk_fails(s: Scene) -> None:
     """13: A steps back and is outdated; B serves; A's disk is copied anew."""
     s.pair()
     first = s.write(s.a, 5)
-    s.a.data.fail_write = errno.EIO
+    s.a.data.fail(errno.EIO, "write")
     pending = s.begin_write(s.a, 6)
     s.until(lambda: s.node(s.a).role is Role.NONE)
     s.until(lambda: pending.problem)
@@ -295,7 +295,7 @@ def local_disk_fails(s: Scene) -> None:
 def remote_disk_fails(s: Scene) -> None:
     """14: the write is acknowledged once A durably knows that B lacks it; B is out."""
     s.pair()
-    s.b.data.fail_write = errno.ENOSPC
+    s.b.data.fail(errno.ENOSPC, "write")
     pending = s.begin_write(s.a, 5)
     s.until(lambda: s.node(s.a).session is None)
     s.run(500)

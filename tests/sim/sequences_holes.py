@@ -21,7 +21,7 @@ from nbdmirror.limits import (
 from tests.sim.arbiter import Held
 from tests.sim.disk import Change
 from tests.sim.sequences_crashes import begin_resync, until_target_took
-from tests.sim.sequences_scene import NOBODY, Request, Scene
+from tests.sim.sequences_scene import NOBODY, Scene
 
 HANG_FACTOR = 1_000_000
 
@@ -314,7 +314,7 @@ def remote_flush_fails(s: Scene) -> None:
     """B's flush fails: B is out and durably behind, then A's flush alone is success."""
     s.pair()
     first = s.write(s.a, 5)
-    s.b.data.fail_sync = errno.EIO
+    s.b.data.fail(errno.EIO, "sync")
     pending = s.begin_flush(s.a)
     s.until(lambda: s.node(s.a).session is None)
     assert pending.problem is None
@@ -328,20 +328,15 @@ def remote_flush_fails(s: Scene) -> None:
     s.both_have(first)
 
 
-def ended(s: Scene, request: Request) -> None:
-    """Run until a request has been answered, well or badly."""
-    s.until(lambda: request.problem is not None)
-
-
 def last_copy_fails(s: Scene) -> None:
     """A is alone and its disk fails: EIO from then on, until an operator declares it good."""
     s.pair()
     s.part()
     s.alone(s.a)
-    s.a.data.fail_write = errno.EIO
+    s.a.data.fail(errno.EIO, "write")
     for extent in (5, 6):
         pending = s.begin_write(s.a, extent)
-        ended(s, pending)
+        s.answered(pending)
         assert (pending.problem or "").startswith("StoreError")
 
 
@@ -350,7 +345,7 @@ def no_space_during_resync(s: Scene) -> None:
     begin_resync(s)
     s.until(lambda: s.node(s.a).pending_clear)
     _, first, _ = s.node(s.a).pending_clear[0]
-    s.a.data.fail_write = errno.ENOSPC
+    s.a.data.fail(errno.ENOSPC, "write")
     pending = s.begin_write(s.a, first)
     s.until(lambda: pending.problem is not None)
     assert "OutOfSpace" in (pending.problem or "")

@@ -20,7 +20,7 @@ def intent_not_written(s: Scene) -> None:
     s.pair()
     s.part()
     s.alone(s.a)
-    s.a.meta.fail_sync = errno.EIO
+    s.a.meta.fail(errno.EIO, "sync")
     pending = s.begin_write(s.a, 10_000)
     s.until(lambda: pending.problem is not None)
     assert not pending.acknowledged
@@ -47,7 +47,7 @@ def failed_sync_is_remembered(s: Scene) -> None:
     s.pair()
     s.write(s.a, 5)
     s.part()
-    s.a.data.fail_sync = errno.EIO
+    s.a.data.fail(errno.EIO, "sync")
     ended = s.begin(s.a, roles.alone(s.node(s.a)))
     s.until(lambda: ended)
     assert isinstance(ended[0][1], StoreError)
@@ -176,7 +176,7 @@ def failed_flush_at_the_stop_is_recorded(s: Scene) -> None:
     s.pair()
     s.write(s.a, 5)
     s.kill(s.b)
-    s.a.data.fail_sync = errno.EIO
+    s.a.data.fail(errno.EIO, "sync")
     s.command(s.a, roles.stop(s.node(s.a)))
     s.a.end(power=False)
     s.start(s.a)
@@ -192,7 +192,7 @@ def page_of_the_map_in_the_cache_only(s: Scene) -> None:
     s.alone(s.a)
     first = s.write(s.a, 5, fua=True)
     s.kill(s.a)
-    s.a.meta.fail_sync = errno.EIO
+    s.a.meta.fail(errno.EIO, "sync")
     s.a.start()
     s.until(lambda: s.a.life is None)
     s.start(s.a)

@@ -16,6 +16,7 @@ from nbdmirror.core.session import Session
 from nbdmirror.core.superblock import Superblock
 from nbdmirror.core.wire import FrameFlag
 from nbdmirror.errors import RefusedError
+from tests.sim import answers
 from tests.sim.arbiter import Arbiter, Held
 from tests.sim.history import Record, payload
 from tests.sim.host import EngineLife, Host
@@ -55,8 +56,9 @@ class Steady(random.Random):
 class Request:
     """One request of a client. `problem` is None while it runs, "" when it was acknowledged."""
 
-    def __init__(self, record: Record | None) -> None:
+    def __init__(self, record: Record | None, began: int) -> None:
         self.record = record
+        self.began = began
         self.problem: str | None = None
 
     @property
@@ -271,13 +273,35 @@ class Scene:
         flags = int(FrameFlag.FUA) if fua else 0
         life = self.life(host)
         path = io.write(life.node, buffer, sectors.start * 512, flags)
-        request = Request(record)
+        request = Request(record, self.world.steps)
+
+        self._drive_change(life, path, "write", request, fua=fua)
+        return request
+
+    def begin_zero(
+        self, host: Host, extent: int, count: int = 1, *, trim: bool = False, fua: bool = False
+    ) -> Request:
+        """A client zeroes or trims `count` extents."""
+        sectors = range(extent * BLOCK_SECTORS, (extent + count) * BLOCK_SECTORS)
+        request = Request(self.checker.issue(sectors, zero=True), self.world.steps)
+        life = self.life(host)
+        flags = int(FrameFlag.FUA) if fua else 0
+        operation = io.trim if trim else io.zero
+        path = operation(life.node, sectors.start * 512, len(sectors) * 512, flags)
+        self._drive_change(life, path, "trim" if trim else "zero", request, fua=fua)
+        return request
+
+    def _drive_change(
+        self, life: EngineLife, path: Path, name: str, request: Request, *, fua: bool
+    ) -> None:
+        record = request.record
+        assert record is not None
 
         def done(_value: Any, error: Exception | None) -> None:
             life.clients.pop(-record.number, None)
-            request.problem = "" if error is None else f"{type(error).__name__}: {error}"
+            self._ended(life, name, request, error)
             if error is None:
-                self.checker.acked(host, record, fua=fua)
+                self.checker.acked(life.host, record, fua=fua)
             else:
                 self.checker.unknown(record)
 
@@ -286,8 +310,18 @@ class Scene:
             self.checker.unknown(record)
 
         life.clients[-record.number] = gone
-        self.world.spawn(life, "write", path, done)
-        return request
+        self.world.spawn(life, name, path, done)
+
+    def _ended(
+        self, life: EngineLife, name: str, request: Request, error: Exception | None
+    ) -> None:
+        request.problem = "" if error is None else f"{type(error).__name__}: {error}"
+        if error is not None:
+            answers.failed(self.checker, life.host, name, error, request.began)
+
+    def answered(self, request: Request) -> None:
+        """Run until a request has been answered, well or badly."""
+        self.until(lambda: request.problem is not None)
 
     def write(self, host: Host, extent: int, count: int = 1, *, fua: bool = False) -> Request:
         """A write that must be acknowledged."""
@@ -299,14 +333,28 @@ class Scene:
     def begin_flush(self, host: Host) -> Request:
         """A client flushes."""
         issued = self.checker.now
-        request = Request(None)
+        request = Request(None, self.world.steps)
+
+        life = self.life(host)
 
         def done(_value: Any, error: Exception | None) -> None:
-            request.problem = "" if error is None else f"{type(error).__name__}: {error}"
+            self._ended(life, "flush", request, error)
             if error is None:
                 self.checker.flush_acked(host, issued)
 
-        self.world.spawn(self.life(host), "flush", io.flush(self.node(host)), done)
+        self.world.spawn(life, "flush", io.flush(life.node), done)
+        return request
+
+    def begin_read(self, host: Host, extent: int) -> Request:
+        """A client reads one extent."""
+        request = Request(None, self.world.steps)
+        life = self.life(host)
+
+        def done(_value: Any, error: Exception | None) -> None:
+            self._ended(life, "read", request, error)
+
+        path = io.read(life.node, bytearray(BLOCK_SECTORS * 512), extent * BLOCK_SECTORS * 512)
+        self.world.spawn(life, "read", path, done)
         return request
 
     def flush(self, host: Host) -> None:
@@ -321,7 +369,7 @@ class Scene:
         """Whether a host's file holds a write, in the page cache or on the disk."""
         assert request.record is not None
         blocks = host.data.durable if durable else host.data.cache
-        number = request.record.number
+        number = 0 if request.record.zero else request.record.number
         return all(
             self.checker.history.value(blocks, sector) == number
             for sector in request.record.sectors

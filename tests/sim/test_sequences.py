@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.sim import sequences_crashes, sequences_holes, sequences_mutants
+from tests.sim import sequences_crashes, sequences_disk, sequences_holes, sequences_mutants
 from tests.sim.sequences import SEQUENCES, play
 
-HELPERS = {"begin_resync", "until_target_took", "both_kept", "ended"}
+HELPERS = {"begin_resync", "until_target_took", "both_kept", "is_told", "returns"}
 
 
 @pytest.mark.parametrize("name", SEQUENCES)
@@ -21,7 +21,7 @@ def test_every_sequence_is_played() -> None:
     """If it fails, a sequence was written that no test plays, so what it guards is not guarded."""
     written = {
         name
-        for module in (sequences_crashes, sequences_holes, sequences_mutants)
+        for module in (sequences_crashes, sequences_disk, sequences_holes, sequences_mutants)
         for name, value in vars(module).items()
         if callable(value) and getattr(value, "__module__", "") == module.__name__
     }
