@@ -356,12 +356,15 @@ class Commander:
 
     def _name_in_record(self, keeper: Host) -> Path:
         """Rule 14: a force replaces the record, whatever it holds."""
-        while self.arbiter is not None and keeper.node is not None and keeper.node.right:
-            sb = keeper.node.sb
-            generation = sb.pending if any(sb.pending) else sb.generation
+        while self.arbiter is not None:
             held = yield from self.arbiter.read()
+            # After the read: a joint step that changed the record has given up the right before.
+            if keeper.node is None or not keeper.node.right:
+                return
             if held is None:
                 continue
+            sb = keeper.node.sb
+            generation = sb.pending if any(sb.pending) else sb.generation
             if (held.generation, held.owner) == (generation, keeper.index):
                 return
             yield from self.arbiter.swap(held.counter, generation, keeper.index)
