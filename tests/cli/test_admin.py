@@ -11,7 +11,7 @@ from nbdmirror.core.superblock import DataState, Flags, choose
 from nbdmirror.errors import ConfigError, MetadataError, RefusedError, StoreError
 from nbdmirror.limits import LOG_OFFSET_BYTES, MAP_OFFSET_BYTES
 from nbdmirror.metastore import FileMetaStore
-from tests.contract.test_file_store import file_size_limit
+from tests.contract.conftest import file_size_limit
 
 MIB = 1024 * 1024
 

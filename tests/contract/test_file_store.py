@@ -2,44 +2,23 @@
 
 import errno
 import os
-import resource
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from nbdmirror.errors import MetadataError, OutOfSpaceError, RefusedError, StoreError
 from nbdmirror.store import SYNC_DESCRIPTIONS_COUNT, FileStore, _is_tmpfs
+from tests.contract.conftest import (
+    AnyStore,
+    exchange_syncers,
+    file_size_limit,
+    restore_syncers,
+)
+from tests.contract.simulated import SimulatedStore
 
 MIB = 1024 * 1024
-
-
-@contextmanager
-def file_size_limit(limit_bytes: int) -> Iterator[None]:
-    """Writes beyond it fail with EFBIG, by the kernel's hand."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def exchange_syncers(store: FileStore, descriptor: int) -> list[int]:
-    """Let every sync of the store go to another file; returns the real ones."""
-    real = [store._syncers.get_nowait() for _ in range(SYNC_DESCRIPTIONS_COUNT)]
-    for _ in real:
-        store._syncers.put(os.dup(descriptor))
-    return real
-
-
-def restore_syncers(store: FileStore, real: list[int]) -> None:
-    """Undo exchange_syncers()."""
-    for descriptor in real:
-        os.close(store._syncers.get_nowait())
-        store._syncers.put(descriptor)
 
 
 @pytest.fixture
@@ -142,24 +121,6 @@ def test_adopt_keeps_the_content_and_reserves_the_holes(tmp_path: Path) -> None:
     assert path.read_bytes() == b"precious".ljust(4 * MIB, b"\0")
 
 
-def test_a_failed_sync_fails_for_ever(tmp_path: Path) -> None:
-    """If this fails, a retried sync reports data as durable that the kernel has dropped."""
-    store = FileStore.create(tmp_path / "data", MIB, sparse=True)
-    pipe = os.pipe()
-    real = exchange_syncers(store, pipe[0])  # fdatasync of a pipe: EINVAL
-    with pytest.raises(StoreError, match="EINVAL"):
-        store.fdatasync()
-    restore_syncers(store, real)
-    with pytest.raises(StoreError, match="failed before"):
-        store.fdatasync()
-    with pytest.raises(StoreError, match="failed before"):
-        store.pwrite_durable(b"x", 0)
-    assert store.failed
-    store.close()
-    os.close(pipe[0])
-    os.close(pipe[1])
-
-
 def test_writeback_that_finds_no_room_fails_for_ever(small: Path, ram: Path) -> None:
     """If this fails, a full disk met by the writeback is taken for a clean refusal."""
     store = FileStore.create(ram / "data", MIB, sparse=True)
@@ -181,12 +142,24 @@ def test_a_write_without_room_fails_alone(small: Path) -> None:
     """If this fails, one write too many on a full disk costs the whole copy."""
     store = FileStore.create(small / "data", 8 * MIB, sparse=True)
     store.pwrite(b"x" * (3 * MIB), 0)
+    refuses_for_want_of_room(store)
+    assert not store.failed
+    store.close()
+
+
+def test_a_simulated_write_without_room_fails_alone() -> None:
+    """If this fails, the simulator plays a full disk that no real one is like."""
+    store = SimulatedStore(8 * MIB, can_trim=True, can_fast_zero=True)
+    store.file.failing["write"] = errno.ENOSPC
+    refuses_for_want_of_room(store)
+
+
+def refuses_for_want_of_room(store: AnyStore) -> None:
+    """No write, durable or not, finds room, and a sync is as good as before."""
     for write in (store.pwrite, store.pwrite_durable):
         with pytest.raises(OutOfSpaceError):
             write(b"y" * (3 * MIB), 4 * MIB)
-    assert not store.failed
     store.fdatasync()
-    store.close()
 
 
 def test_every_sync_has_a_description_of_its_own(tmp_path: Path) -> None:

@@ -15,8 +15,13 @@ from nbdmirror.errors import MetadataError, RefusedError, StoreError
 from nbdmirror.limits import LOG_OFFSET_BYTES, MAP_OFFSET_BYTES, META_BLOCK_BYTES
 from nbdmirror.metastore import FileMetaStore
 from nbdmirror.metastore import create as create_metadata
-from tests.contract.conftest import first_superblock, make_meta
-from tests.contract.test_file_store import file_size_limit
+from tests.contract.conftest import (
+    file_size_limit,
+    first_superblock,
+    make_meta,
+    no_writes_beyond,
+    reopened,
+)
 
 
 def test_a_new_file_is_clean(meta: Any) -> None:
@@ -76,46 +81,43 @@ def test_blocks_never_reach_the_superblocks(meta: Any) -> None:
 def test_what_was_written_is_there_after_reopening(meta: Any) -> None:
     """If this fails, the sequence starts again and the next state is refused as rolled back."""
     meta.write_superblock(replace(first_superblock(), sequence=2))
-    meta.close()
-    again = FileMetaStore.open(meta.path)
+    again = reopened(meta)
     again.write_superblock(replace(first_superblock(), sequence=3))
     assert choose(*again.read_slots()).superblock.sequence == 3
     again.close()
 
 
-def test_slot_0_is_written_first(tmp_path: Path) -> None:
+def test_slot_0_is_written_first(meta: Any) -> None:
     """If this fails, a crash between the slots leaves a picture that is refused as impossible."""
-    meta = make_meta(tmp_path)
     wanted = replace(first_superblock(), sequence=2)
-    with file_size_limit(2 * META_BLOCK_BYTES), pytest.raises(StoreError, match="EFBIG"):
+    with no_writes_beyond(meta, 2 * META_BLOCK_BYTES), pytest.raises(StoreError, match="EFBIG"):
         meta.write_superblock(wanted)
     chosen = choose(*meta.read_slots())
     assert (chosen.superblock, chosen.slot, chosen.fell_back) == (wanted, 0, False)
     assert choose(meta.read_slots()[1], meta.read_slots()[1]).superblock == first_superblock()
-    meta.close()
 
 
-def test_a_failed_write_fails_for_ever(tmp_path: Path) -> None:
+def test_a_failed_write_fails_for_ever(meta: Any) -> None:
     """If this fails, an engine goes on with metadata that has a hole in its history."""
-    meta = make_meta(tmp_path)
     block = [(MAP_OFFSET_BYTES, bytes(META_BLOCK_BYTES))]
-    with file_size_limit(META_BLOCK_BYTES), pytest.raises(StoreError, match="EFBIG"):
+    with no_writes_beyond(meta, META_BLOCK_BYTES), pytest.raises(StoreError, match="EFBIG"):
         meta.write_blocks(block)
     with pytest.raises(StoreError, match="failed before"):
         meta.write_blocks(block)
     with pytest.raises(StoreError, match="failed before"):
         meta.write_superblock(replace(first_superblock(), sequence=2))
     assert choose(*meta.read_slots()).superblock == first_superblock()
-    meta.close()
 
 
-def test_a_second_opener_is_told_who_has_it(meta: Any) -> None:
+def test_a_second_opener_is_told_who_has_it(tmp_path: Path) -> None:
     """If this fails, two engines write one mirror's metadata."""
+    meta = make_meta(tmp_path)
     with pytest.raises(RefusedError, match=rf"process {os.getpid()}\b"):
         FileMetaStore.open(meta.path)
     reader = FileMetaStore.open_to_read(meta.path, locked=False)
     assert reader.read_slots() == meta.read_slots()
     reader.close()
+    meta.close()
 
 
 def test_a_child_does_not_keep_the_lock(tmp_path: Path) -> None:

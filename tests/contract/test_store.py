@@ -6,8 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nbdmirror.errors import NotSupportedError
-from tests.contract.conftest import DEVICE_BYTES
+from nbdmirror.errors import NotSupportedError, StoreError
+from tests.contract.conftest import DEVICE_BYTES, failing_syncs
 
 
 def read(store: Any, offset: int, length: int) -> bytes:
@@ -116,3 +116,24 @@ def test_a_range_outside_the_device_changes_nothing(store: Any) -> None:
         store.trim(DEVICE_BYTES, 512)
     with pytest.raises(AssertionError):
         store.data_runs(0, DEVICE_BYTES + 1)
+
+
+def test_a_failed_sync_fails_for_ever(store: Any) -> None:
+    """If this fails, a retried sync reports data as durable that the kernel has dropped."""
+    store.pwrite(b"x" * 4096, 0)
+    with failing_syncs(store), pytest.raises(StoreError, match="EINVAL"):
+        store.fdatasync()
+    with pytest.raises(StoreError, match="failed before"):
+        store.fdatasync()
+    with pytest.raises(StoreError, match="failed before"):
+        store.pwrite_durable(b"x", 0)
+    store.pwrite(b"y" * 4096, 0)
+    assert read(store, 0, 4096) == b"y" * 4096
+
+
+def test_a_failed_durable_write_fails_for_ever(store: Any) -> None:
+    """If this fails, a write with FUA that never reached the disk is forgotten by the next sync."""
+    with failing_syncs(store), pytest.raises(StoreError):
+        store.pwrite_durable(b"x" * 4096, 0)
+    with pytest.raises(StoreError, match="failed before"):
+        store.fdatasync()

@@ -12,8 +12,10 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from nbdmirror.core.dirtymap import DirtyMap
+from nbdmirror.core.geometry import Geometry
 from nbdmirror.core.ports import Path, ReadBuffer, WriteBuffer
-from nbdmirror.core.superblock import Superblock, encode
+from nbdmirror.core.superblock import Superblock, choose, encode
 from nbdmirror.errors import NotSupportedError, OutOfSpaceError, StoreError
 from nbdmirror.limits import (
     LOG_BLOCKS_COUNT,
@@ -110,6 +112,8 @@ class SimFile:
         # Operation: the errno it fails with; those of `once` fail one time only.
         self.failing: dict[str, int] = {}
         self.once: dict[str, int] = {}
+        # What a write beyond it fails with EFBIG.
+        self.limit_bytes = 1 << 63
         self.on_error: Callable[[str, int], None] | None = None
         self.version = 0
         # Blocks whose content in the cache may have changed since somebody looked; None: all.
@@ -242,6 +246,8 @@ def write_op(
 
     def effect() -> None:
         file.started.pop(serial, None)
+        if change.end > file.limit_bytes:
+            raise StoreError(errno.EFBIG, f"{operation} {file.name}")
         number = file.error(operation)
         if number:
             for part in change.torn(rng):
@@ -249,11 +255,7 @@ def write_op(
             raise_error(number, f"{operation} {file.name}")
         file.apply(change)
         if durable:
-            number = file.error("sync")
-            if number:
-                file.spoil(file.below(change.offset, change.end))
-            if file.failed:
-                raise StoreError(number or errno.EIO, f"write and sync {file.name}")
+            require_synced(file, file.below(change.offset, change.end))
             file.make_range_durable(change.offset, change.end)
 
     delay_ms = rng.choice((0, 0, 0, 1, 2)) + (rng.randrange(1, 8) if durable else 0)
@@ -265,17 +267,23 @@ def raise_error(number: int, where: str) -> None:
     raise (OutOfSpaceError if number == errno.ENOSPC else StoreError)(number, where)
 
 
+def require_synced(file: SimFile, serials: Sequence[int]) -> None:
+    """A sync of these changes does not fail, and none has before."""
+    if file.failed:
+        raise StoreError(errno.EIO, f"sync {file.name}: it failed before")
+    number = file.error("sync")
+    if number:
+        file.spoil(serials)
+        raise StoreError(number, f"sync {file.name}")
+
+
 def sync_op(file: SimFile) -> DiskOp:
     """fdatasync. No room for what was written before is a loss like any other."""
     rng = file.world.rng["disk"]
     serials = list(file.pending)
 
     def effect() -> None:
-        number = file.error("sync")
-        if number:
-            file.spoil(serials)
-        if file.failed:
-            raise StoreError(number or errno.EIO, f"fdatasync {file.name}")
+        require_synced(file, serials)
         file.make_durable(serials)
 
     return DiskOp(rng.randrange(1, 12) * file.slow_factor, effect)
@@ -367,6 +375,17 @@ class SimStore:
         return runs
 
 
+def format_meta(file: SimFile, superblock: Superblock, geometry: Geometry) -> None:
+    """Make a metadata file, as `metadata create` does, durable. Nothing is hot or dirty."""
+    for offset in SUPERBLOCK_SLOT_OFFSETS_BYTES:
+        file.apply(Change(offset, offset + META_BLOCK_BYTES, encode(superblock)))
+    clean = DirtyMap(geometry, superblock.map_id)
+    for index in range(geometry.page_count):
+        page = clean.begin_page(index, superblock.generation)
+        file.apply(Change(page.offset, page.offset + META_BLOCK_BYTES, page.block))
+    file.make_durable(list(file.pending))
+
+
 class SimMeta:
     """The metadata port. A new one for each life, over the same file."""
 
@@ -374,11 +393,13 @@ class SimMeta:
         self.file = file
         self.size_bytes = size_bytes
         self._failed = False
+        self._sequence = choose(*self.read_slots()).superblock.sequence
         self.on_begin: Callable[[Superblock], None] | None = None
         self.on_store: Callable[[Superblock], None] | None = None
 
     def write_superblock(self, superblock: Superblock) -> Any:
         """Slot 0, sync, slot 1, sync."""
+        assert superblock.sequence == self._sequence + 1 or self._failed, "no gap, no repetition"
         return self._store_superblock(superblock)
 
     def _store_superblock(self, superblock: Superblock) -> Path:
@@ -387,6 +408,7 @@ class SimMeta:
             self.on_begin(superblock)
         for offset in SUPERBLOCK_SLOT_OFFSETS_BYTES:
             yield from self._store([(offset, block)])
+        self._sequence = superblock.sequence
         if self.on_store is not None:
             self.on_store(superblock)
 
@@ -395,6 +417,7 @@ class SimMeta:
         for offset, block in blocks:
             assert len(block) == META_BLOCK_BYTES, "whole blocks"
             assert LOG_OFFSET_BYTES <= offset <= self.size_bytes - META_BLOCK_BYTES, "in the file"
+            assert offset % META_BLOCK_BYTES == 0, "at a block"
         return self._store(blocks)
 
     def _store(self, blocks: Sequence[tuple[int, bytes]]) -> Path:
@@ -406,7 +429,7 @@ class SimMeta:
             yield (sync_op, self.file)
         except StoreError as error:
             self._failed = True
-            raise StoreError(errno.EIO, f"write {self.file.name}") from error
+            raise StoreError(error.number, f"write {self.file.name}") from error
 
     # --- reading at the start -------------------------------------------------------------------
 

@@ -8,18 +8,17 @@ import errno
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from nbdmirror.core.dirtymap import DirtyMap
 from nbdmirror.core.durable import Opened
 from nbdmirror.core.geometry import Geometry
 from nbdmirror.core.handshake import Identity
 from nbdmirror.core.node import Node, Settings
 from nbdmirror.core.opening import open_metadata, settle
 from nbdmirror.core.ports import Path
-from nbdmirror.core.superblock import ArbiterKind, DataState, Flags, Superblock, encode
+from nbdmirror.core.superblock import ArbiterKind, DataState, Flags, Superblock
 from nbdmirror.core.upkeep import Upkeep
-from nbdmirror.limits import META_BLOCK_BYTES, MIB, SUPERBLOCK_SLOT_OFFSETS_BYTES
+from nbdmirror.limits import MIB
 from tests.sim.answers import DiskError, is_only_copy
-from tests.sim.disk import Change, SimFile, SimMeta, SimStore
+from tests.sim.disk import SimFile, SimMeta, SimStore, format_meta
 from tests.sim.world import Life, SimWaiter, Task, World
 
 if TYPE_CHECKING:
@@ -85,13 +84,7 @@ class Host:
             data_state=state,
             flags=flags | (Flags.ZEROED if zeroed else Flags(0)),
         )
-        for offset in SUPERBLOCK_SLOT_OFFSETS_BYTES:
-            self.meta.apply(Change(offset, offset + META_BLOCK_BYTES, encode(self.sb)))
-        clean = DirtyMap(GEOMETRY, self.sb.map_id)
-        for index in range(GEOMETRY.page_count):
-            page = clean.begin_page(index, self.sb.generation)
-            self.meta.apply(Change(page.offset, page.offset + META_BLOCK_BYTES, page.block))
-        self.meta.make_durable(list(self.meta.pending))
+        format_meta(self.meta, self.sb, GEOMETRY)
 
     # --- life and death -------------------------------------------------------------------------
 
