@@ -160,6 +160,7 @@ def control(node: Node, session: Session, frame: Frame) -> None:
         node.dirty.merge_page(message.index, message.payload)
     elif isinstance(message, (Bye, Failed)):
         reason = message.reason if isinstance(message, Bye) else f"its disk failed: {message.where}"
+        node.peer_failed = node.peer_failed or isinstance(message, Failed)
         node.refusal = f"peer: {reason}"
         node.lose_session(session, f"peer: {reason}")
     else:

@@ -323,7 +323,8 @@ def source(node: Node, session: Session, decision: Decision, theirs: State) -> P
     copying = decision.kind in COPIES
     if copying:
         full = decision.kind is DecisionKind.COPY_FULL
-        yield from collect_union(node, session, full=full, rewrite=Flags.FAILED in theirs.flags)
+        rewrite = node.peer_failed or Flags.FAILED in theirs.flags
+        yield from collect_union(node, session, full=full, rewrite=rewrite)
     elif node.dirty.any():
         # Written since the states were told: the target has to be inconsistent first after all.
         copying = True

@@ -113,6 +113,8 @@ class Node(Durable):
         self.fast_zero_ok = True
         self.own_trim_ok = True
         self.own_fast_zero_ok = True
+        # What it had not flushed may show in its page cache and not be on its disk (rule 5).
+        self.peer_failed = False
         self._fenced_waiters: list[Waiter] = []
         self._answer_waiters: list[Waiter] = []
         self._change_waiters: list[Waiter] = []
@@ -458,7 +460,7 @@ class Node(Durable):
         """Both copies are equal and known to be: nothing of an earlier life counts any more."""
         session.phase = Phase.SYNCED
         self.cache_survived = True
-        self.fell_back = False
+        self.fell_back = self.peer_failed = False
         self.refusal = ""
         self.resync = {}
         self.shell.emit("in-sync", generation=self.sb.generation.hex())

@@ -51,7 +51,7 @@ SEQUENCES: Final = {
         disk.remote_zero_fails, disk.remote_trim_without_space, disk.local_zero_not_offered,
         disk.local_trim_fails, disk.local_read_fails, disk.flush_without_space,
         disk.durable_write_not_synced, disk.last_copy_is_full, disk.full_in_the_joint_step,
-        disk.failure_is_stored_before_it_is_told,
+        disk.failure_is_stored_before_it_is_told, disk.failure_that_could_not_be_stored,
         shown.intent_not_written, shown.frozen_then_alone, shown.failed_sync_is_remembered,
         shown.promoted_while_applying, shown.target_map_cut_off, shown.dirty_in_sync_drains,
         shown.leave_under_load, shown.evicted_region_is_in_the_map,

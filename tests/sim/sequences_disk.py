@@ -187,3 +187,24 @@ def failure_is_stored_before_it_is_told(s: Scene) -> None:
     assert "rule 5" in s.refused(s.b, roles.promote(s.node(s.b)))
     s.synced()
     assert s.has(s.b, first, durable=True)
+
+
+def failure_that_could_not_be_stored(s: Scene) -> None:
+    """B's disk takes neither the flush nor the mark of that; it recovers, and B is restarted.
+
+    B's page cache shows what its disk lost, so what A knows as not flushed is sent, not compared.
+    """
+    s.pair()
+    first = s.write(s.a, 5)
+    s.b.data.fail(errno.EIO, "sync")
+    s.b.meta.failing["write"] = errno.EIO
+    pending = s.begin_flush(s.a)
+    s.until(lambda: s.node(s.a).session is None)
+    s.alone(s.a)
+    s.until(lambda: pending.acknowledged)
+    s.kill(s.b)
+    assert Flags.FAILED not in s.on_disk(s.b).flags
+    s.b.meta.heal()
+    s.start(s.b)
+    s.synced()
+    assert s.has(s.b, first, durable=True)

@@ -232,7 +232,7 @@ DATA: Final = (
     Mutant(
         "failed-copy-compared", 5,
         "a copy whose sync failed is compared by its page cache, which shows what the disk lost",
-        core("negotiate", "rewrite=Flags.FAILED in theirs.flags", "rewrite=False"),
+        core("negotiate", "node.peer_failed or Flags.FAILED in theirs.flags", "False"),
         sequences=("remote_flush_fails",), quick=True,
     ),
     Mutant(
@@ -253,6 +253,13 @@ DATA: Final = (
              "            yield from node.record_failure()\n        return\n",
              "        return\n"),
         sequences=("failed_flush_at_the_stop_is_recorded",), quick=True,
+    ),
+    Mutant(
+        "told-failure-forgotten", 5,
+        "a side that told of its failure, and could not store that, is compared by its page cache",
+        core("negotiate", "node.peer_failed or Flags.FAILED in theirs.flags",
+             "Flags.FAILED in theirs.flags"),
+        sequences=("failure_that_could_not_be_stored",), quick=True,
     ),
     # --- 6: fenced by session --------------------------------------------------------------------
     Mutant(
