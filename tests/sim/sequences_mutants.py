@@ -8,8 +8,10 @@ import errno
 
 from nbdmirror.core import roles
 from nbdmirror.core.node import Role
-from nbdmirror.core.superblock import Flags
+from nbdmirror.core.superblock import DataState, Flags, PendingKind
 from nbdmirror.errors import StoreError
+from nbdmirror.limits import BASE_COUNT_MAX
+from tests.sim.sequences_crashes import begin_resync
 from tests.sim.sequences_scene import Scene
 
 SLOW_FACTOR = 3000
@@ -204,3 +206,54 @@ def page_of_the_map_in_the_cache_only(s: Scene) -> None:
     s.heal()
     s.synced()
     s.both_have(first, second)
+
+
+def flush_does_not_cover_a_write_under_way(s: Scene) -> None:
+    """W is on B and still on its way to A's file when both flush: A's log goes on naming it."""
+    s.pair()
+    s.node(s.a).log.capacity = 4
+    s.a.data.slow_factor = SLOW_FACTOR
+    slow = s.begin_write(s.a, 5)
+    s.until(lambda: s.has(s.b, slow) and s.a.data.started)
+    s.a.data.slow_factor = 1
+    s.flush(s.a)
+    for extent in range(256, 8 * 256, 256):
+        s.write(s.a, extent)
+    s.until(lambda: slow.acknowledged)
+    s.power(s.a)
+    s.start(s.a)
+    s.synced()
+    s.both_have(slow)
+
+
+def replay_cut_off(s: Scene) -> None:
+    """A resumes with a flush for a write that B has applied, and is cut off before it arrives: the
+    number of that flush belongs to nothing any more, so the two compare anew.
+    """
+    s.pair()
+    s.b.data.slow_factor = 20
+    pending = s.begin_write(s.a, 5, fua=True)
+    s.until(lambda: s.session(s.a).awaiting_flush)
+    s.net.reset_all()
+    s.b.data.slow_factor = 1
+    s.until(lambda: s.told("B resumed"))
+    s.node(s.b).lose_session(s.session(s.b), "cut off")
+    s.until(lambda: pending.acknowledged)
+    s.synced()
+    assert len(s.told("A resumed")) == 1
+    s.both_have(pending)
+
+
+def joint_step_broken_off_often(s: Scene) -> None:
+    """Each time A has begun the joint step and goes on alone; B is never copied to in full."""
+    begin_resync(s)
+    for _ in range(BASE_COUNT_MAX):
+        s.until(lambda: s.on_disk(s.a).pending_kind is PendingKind.JOINT)
+        s.part()
+        assert s.on_disk(s.b).data_state is DataState.INCONSISTENT
+        s.alone(s.a)
+        s.write(s.a, 5)
+        s.heal()
+    s.synced()
+    rows = {match[1] for match in s.told(r"A decided verdict=(\w+)")[1:]}
+    assert rows == {"COPY_BY_MAP"}

@@ -3,6 +3,7 @@
 The quick mutants are tried here; `python -m tests.sim.mutants` tries all of them.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,21 @@ def test_mutant_fits_the_sources(mutant: Mutant, tmp_path: Path) -> None:
     """If it fails, the code moved away from under a mutant, which then proves nothing."""
     copy_sources(tmp_path)
     apply(mutant, tmp_path)
-    for edit in mutant.edits:
+    for edit in (*mutant.edits, *mutant.defence):
         compile((tmp_path / edit.file).read_text(), edit.file, "exec")
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    "mutant", [mutant for mutant in MUTANTS if mutant.defence], ids=lambda mutant: mutant.name
+)
+def test_defence_in_depth_alone_changes_nothing(mutant: Mutant) -> None:
+    """If it fails, what a mutant shows is the loss of its defence, and its own rule is unguarded.
+
+    And with the defence in place the mutant itself changes nothing: else it needs none taken out.
+    """
+    for left in (replace(mutant, edits=()), replace(mutant, defence=())):
+        assert not try_mutant(left, 0).witness
 
 
 def test_mutants_are_well_formed() -> None:

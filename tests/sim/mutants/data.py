@@ -4,6 +4,18 @@ from typing import Final
 
 from tests.sim.mutants.mutant import Mutant, core
 
+# Regions that were hot at a crash are forgotten.
+HOT_NOT_DIRTY: Final = core(
+    "opening", "            dirty.mark_region(region, suspect=True)\n", "            del region\n"
+)
+# The list of what is not flushed does not name a request that came while the node was frozen.
+FROZEN_NOT_LISTED: Final = core(
+    "io",
+    "        # Frozen: if the session is resumed this goes out under the same number.\n"
+    "        node.remember_unflushed(seq, offset, end)\n",
+    "        pass\n",
+)
+
 DATA: Final = (
     # --- 1: on both, or on one that durably knows ------------------------------------------------
     Mutant(
@@ -66,8 +78,7 @@ DATA: Final = (
     Mutant(
         "hot-not-dirty", 2,
         "regions hot at a crash are not compared with the peer",
-        core("opening", "            dirty.mark_region(region, suspect=True)\n",
-             "            del region\n"),
+        HOT_NOT_DIRTY,
         sequences=("target_map_cut_off",), quick=True,
     ),
     Mutant(
@@ -93,39 +104,25 @@ DATA: Final = (
         core("node",
              "        for _, offset, end in self.unflushed:\n"
              "            self.dirty.mark(offset, end)\n", ""),
-        budget_count=200,
+        # The peer's own log names these regions, too, and so does ours after a restart.
+        defence=HOT_NOT_DIRTY, sequences=("secondary_loses_power_idle",), quick=True,
     ),
     Mutant(
         "forget-in-flight", 3,
         "what was in flight when the peer went is not marked",
-        (
-            *core("node",
-                  "            if operation.end > operation.offset:\n"
-                  "                self.dirty.mark(operation.offset, operation.end)\n",
-                  "            del operation\n"),
-            # The list of what is not flushed names them, too: defence in depth, off here.
-            *core("io",
-                  "        # Frozen: if the session is resumed this goes out under the same"
-                  " number.\n"
-                  "        node.remember_unflushed(seq, offset, end)\n",
-                  "        pass\n"),
-        ),
-        sequences=("frozen_then_alone",), quick=True,
+        core("node",
+             "            if operation.end > operation.offset:\n"
+             "                self.dirty.mark(operation.offset, operation.end)\n",
+             "            del operation\n"),
+        defence=FROZEN_NOT_LISTED, sequences=("frozen_then_alone",), quick=True,
     ),
     Mutant(
         "fenced-forgotten", 3,
         "a frozen write whose outcome is unknown stays on one copy, unmarked",
-        (
-            *core("node",
-                  "            if operation.end > operation.offset and operation.verdict is None:\n"
-                  "                self.mark_different(operation.offset, operation.end)\n", ""),
-            *core("io",
-                  "        # Frozen: if the session is resumed this goes out under the same"
-                  " number.\n"
-                  "        node.remember_unflushed(seq, offset, end)\n",
-                  "        pass\n"),
-        ),
-        sequences=("second_claim_loses",), quick=True,
+        core("node",
+             "            if operation.end > operation.offset and operation.verdict is None:\n"
+             "                self.mark_different(operation.offset, operation.end)\n", ""),
+        defence=FROZEN_NOT_LISTED, sequences=("second_claim_loses",), quick=True,
     ),
     Mutant(
         "late-clear", 3,
@@ -140,6 +137,7 @@ DATA: Final = (
         "stable-before-local", 3,
         "a flush of both is taken to cover writes that are not yet on the local file",
         core("io", "            return operation.seq - 1\n", "            return node.seq\n"),
+        sequences=("flush_does_not_cover_a_write_under_way",), quick=True,
     ),
     # --- 4: equal bytes --------------------------------------------------------------------------
     Mutant(
@@ -384,6 +382,15 @@ DATA: Final = (
         "only the map counts at contact, not what is in flight or not flushed",
         core("view", "    return max(node.dirty.count, int(pending))\n",
              "    del pending\n    return node.dirty.count\n"),
+        # The peer's log tells of them, too, and the source looks again before it sends.
+        defence=(
+            *HOT_NOT_DIRTY,
+            *core("negotiate",
+                  "    elif node.dirty.any():\n        # Written since the states were told",
+                  "    elif node.stopping:\n        # Written since the states were told"),
+        ),
+        sequences=("source_flushes_before_target_is_written_off", "primary_killed_returns"),
+        quick=True,
     ),
     Mutant(
         "their-map-ignored", 13,

@@ -29,7 +29,8 @@ class Mutant:
 
     `rule` is its number in docs/safety.md, `why` says what breaks in the field. `sequences` names
     directed sequences that show it, tried before the seeds of `arbiters`. `quick` mutants are
-    tried by every run of the tests.
+    tried by every run of the tests. `defence` takes out what else guards the same: with it in
+    place nothing can show, and without it alone the sequences have to end well.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Mutant:
     edits: tuple[Edit, ...]
     arbiters: tuple[str, ...] = ("none", "memory")
     sequences: tuple[str, ...] = ()
+    defence: tuple[Edit, ...] = ()
     quick: bool = False
     budget_count: int = SEEDS_BUDGET_COUNT
 
@@ -48,7 +50,7 @@ def apply(mutant: Mutant, root: Path) -> None:
     Raises:
         OutOfDateError: a text to replace is missing, or there more than once.
     """
-    for edit in mutant.edits:
+    for edit in (*mutant.edits, *mutant.defence):
         path = root / edit.file
         text = path.read_text()
         count = text.count(edit.old)

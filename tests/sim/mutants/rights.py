@@ -59,6 +59,7 @@ RIGHTS: Final = (
              "        lambda sb: replace(sb, base=add_base(sb.base, theirs.generation,"
              " theirs.pending))\n",
              "        lambda sb: sb\n"),
+        sequences=("joint_step_broken_off_often",), quick=True,
     ),
     Mutant(
         "joint-pending-replaced", 9,
@@ -248,5 +249,6 @@ RIGHTS: Final = (
         core("negotiate",
              "    if applied > node.seq or wanted != list(range(applied + 1, node.seq + 1)):\n",
              "    if applied > node.seq:\n        del wanted\n"),
+        sequences=("replay_cut_off",), quick=True,
     ),
 )  # fmt: skip
