@@ -116,6 +116,8 @@ def request(  # noqa: C901, PLR0912 - the life of a write, on one screen on purp
         for operation in operations:
             if operation.verdict is not Verdict.ACKNOWLEDGED:
                 yield from conclude(node, operation)
+        if node.failed:
+            yield from require_counting(node)
     finally:
         leave(node, hold, operations)
 
@@ -268,6 +270,18 @@ def local_failure(node: Node, operation: Operation, error: StoreError) -> Path:
     raise error
 
 
+def require_counting(node: Node) -> Path:
+    """Rule 5: what was done while this copy failed is on the peer only, so it is not acknowledged.
+
+    Alone, this request was carried out before the failure or beside it; the next one hears of it.
+
+    Raises:
+        NotPrimaryError: this node has stepped back.
+    """
+    if not node.right:
+        yield from step_aside(node)
+
+
 def step_aside(node: Node) -> Path:
     """Hold a request that this disk failed until this node has stepped back.
 
@@ -315,6 +329,8 @@ def flush(node: Node) -> Path:
     """Return when everything acknowledged before is durable on every node that has it."""
     node.require_primary()
     yield from flush_pair(node)
+    if node.failed:
+        yield from require_counting(node)
     node.require_primary()
 
 
@@ -338,10 +354,7 @@ def flush_pair(node: Node) -> Path:
         if session is not None:
             session.submit(operation)
             yield (session.link.kick,)
-        try:
-            yield (node.store.fdatasync,)
-        except StoreError as error:
-            yield from local_failure(node, operation, error)
+        yield from flush_here(node, operation)
         if not waits:
             return
         if operation.verdict is None:
@@ -355,6 +368,14 @@ def flush_pair(node: Node) -> Path:
     finally:
         if waits:
             node.finish(operation)
+
+
+def flush_here(node: Node, operation: Operation) -> Path:
+    """The local leg of a flush; a failure of it is one of this copy, whenever it comes."""
+    try:
+        yield (node.store.fdatasync,)
+    except StoreError as error:
+        yield from local_failure(node, operation, error)
 
 
 def background_flush(node: Node) -> Path:

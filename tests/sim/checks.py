@@ -76,6 +76,7 @@ class Checker(Copies):
         assert node is not None
         session = node.sending_session()
         synced = session is not None and session.phase is Phase.SYNCED
+        self._require_counting(host)
         if self._lacks(host.data.cache, record):
             self.fail(f"A1: {host.name} acknowledged write {record.number} and does not hold it")
         other_lacks = self._lacks(other.data.cache, record)
@@ -93,6 +94,13 @@ class Checker(Copies):
             for index in (0, 1) if synced else (host.index,):
                 self.history.promise_durable(record, index)
                 self._require_durable(index, record, "A3 FUA")
+
+    def _require_counting(self, host: Host) -> None:
+        """Rule 5: a primary whose disk failed acknowledges nothing that its peer has to keep."""
+        node = host.node
+        assert node is not None
+        if node.failed and not node.right:
+            self.fail(f"5: {host.name} acknowledges, but its copy failed: {node.failed}")
 
     def _took_joint(self, target: Host, source: Host) -> bool:
         """Whether part (c) of a joint step is done: from there on the target holds everything."""
@@ -142,6 +150,7 @@ class Checker(Copies):
         self.counts["flushes"] += 1
         node = host.node
         assert node is not None
+        self._require_counting(host)
         if self.split:
             return
         session = node.sending_session()
@@ -376,13 +385,14 @@ class Checker(Copies):
         log = node.log
         for region in GEOMETRY.regions(offset, end):
             hot = log.hot.get(region)
-            if hot is None and self._in_saved_map(host, region, offset, end):
+            named = hot is not None and hot.version <= log.durable
+            # It may have left the log, and be hot again for another write, under one in flight.
+            if named or self._in_saved_map(host, region, offset, end):
                 continue
             if path == "replica" and host.sb.data_state is DataState.INCONSISTENT:
                 # Blocks of a resync need no intent: the source keeps their bits.
                 continue
-            if hot is None or hot.version > log.durable:
-                self.fail(f"C1: {host.name} writes region {region} before its intent is durable")
+            self.fail(f"C1: {host.name} writes region {region} before its intent is durable")
         if path != "replica":
             return
         if node.role is Role.PRIMARY:

@@ -91,6 +91,22 @@ def local_trim_fails(s: Scene) -> None:
     s.both_have(kept)
 
 
+def failed_primary_acknowledges_nothing(s: Scene) -> None:
+    """A's disk fails one request: what follows, or ran beside it, waits until A has stepped back,
+    although A's file takes it and B has it: B is the only copy that counts.
+    """
+    s.pair()
+    s.a.data.fail(errno.EIO, "zero")
+    beside = s.begin_write(s.a, 600, 200)
+    s.begin_zero(s.a, 5)
+    s.until(lambda: s.node(s.a).failed)
+    after, flush = s.begin_write(s.a, 6), s.begin_flush(s.a)
+    for pending in (beside, after, flush):
+        s.answered(pending)
+        assert is_told(pending, "NotPrimaryError")
+    s.until(lambda: s.on_disk(s.a).data_state is DataState.OUTDATED)
+
+
 def local_read_fails(s: Scene) -> None:
     """A cannot read while B is in sync: no EIO, A steps back."""
     s.pair()

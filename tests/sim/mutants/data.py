@@ -172,8 +172,7 @@ DATA: Final = (
         "flush-local-only", 5,
         "a flush is acknowledged when it is done on this node",
         core("io",
-             "    node.require_primary()\n    yield from flush_pair(node)\n"
-             "    node.require_primary()\n",
+             "    node.require_primary()\n    yield from flush_pair(node)\n",
              "    node.require_primary()\n    yield (node.store.fdatasync,)\n"),
         quick=True,
     ),
@@ -203,6 +202,14 @@ DATA: Final = (
              "                    del error\n"
              "                operation.local_done = True\n"),
         sequences=("local_disk_fails",), quick=True,
+    ),
+    Mutant(
+        "failed-acknowledges", 5,
+        "a primary whose disk failed acknowledges what only its peer's page cache has",
+        core("io",
+             "                yield from conclude(node, operation)\n        if node.failed:\n",
+             "                yield from conclude(node, operation)\n        if node.stopping:\n"),
+        sequences=("failed_primary_acknowledges_nothing",), quick=True,
     ),
     Mutant(
         "own-error-told", 5,
