@@ -362,7 +362,7 @@ def flush_pair(node: Node) -> Path:
         yield from conclude(node, operation)
         if operation.verdict is Verdict.ALONE:
             # Frozen, then alone: what was written in between is made durable here, too.
-            yield (node.store.fdatasync,)
+            yield from flush_here(node, operation)
         elif session is not None and session.live:
             settle_stable(node, session, stable)
     finally:

@@ -50,7 +50,7 @@ SEQUENCES: Final = {
         holes.cut_in_joint_step,
         disk.remote_zero_fails, disk.remote_trim_without_space, disk.local_zero_not_offered,
         disk.local_trim_fails, disk.failed_primary_acknowledges_nothing,
-        disk.local_read_fails, disk.flush_without_space,
+        disk.local_read_fails, disk.flush_without_space, disk.second_flush_fails,
         disk.durable_write_not_synced, disk.last_copy_is_full, disk.full_in_the_joint_step,
         disk.failure_is_stored_before_it_is_told, disk.failure_that_could_not_be_stored,
         shown.intent_not_written, shown.frozen_then_alone, shown.failed_sync_is_remembered,

@@ -134,6 +134,25 @@ def flush_without_space(s: Scene) -> None:
     assert s.has(s.a, first, durable=True)
 
 
+def second_flush_fails(s: Scene) -> None:
+    """A flush freezes, A goes on alone and flushes once more for it, and that fails: A has failed
+    and knows it after a restart.
+    """
+    s.pair()
+    s.write(s.a, 5)
+    s.cut()
+    pending = s.begin_flush(s.a)
+    s.until(lambda: s.node(s.a).frozen)
+    ended = s.begin(s.a, roles.alone(s.node(s.a)))
+    s.until(lambda: s.node(s.a).right)
+    s.a.data.fail(errno.EIO, "sync")
+    s.answered(pending)
+    assert ended
+    assert is_told(pending, "StoreError")
+    assert s.node(s.a).failed
+    s.until(lambda: Flags.FAILED in s.on_disk(s.a).flags)
+
+
 def durable_write_not_synced(s: Scene) -> None:
     """A is alone, and a write with FUA is written but not synced: EIO, and so is all that follows.
 
