@@ -8,7 +8,9 @@ nothing about it. It reads what is durable and never looks at data.
 
 A step of the model is one moment, a store takes time: what else is durable is judged as it was when
 the store began. So each part of a step has to be durable before the next one begins; and a store
-that comes to light late, because its sync failed or a kill cut it short, is what it was.
+that comes to light late, because its sync failed or a kill cut it short, is what it was. What the
+other node did meanwhile it did without a look at this disk, so the two could as well have happened
+in the order that the model has.
 """
 
 from collections.abc import Callable
