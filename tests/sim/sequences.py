@@ -59,7 +59,7 @@ SEQUENCES: Final = {
         shown.unflushed_region_stays_hot, shown.lost_cache_survives_a_clean_stop,
         shown.failed_flush_at_the_stop_is_recorded, shown.page_of_the_map_in_the_cache_only,
         shown.flush_does_not_cover_a_write_under_way, shown.replay_cut_off,
-        shown.joint_step_broken_off_often,
+        shown.joint_step_broken_off_often, shown.joint_generation_in_the_cache_only,
     ),
     **_named(
         "memory",

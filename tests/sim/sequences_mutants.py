@@ -257,3 +257,22 @@ def joint_step_broken_off_often(s: Scene) -> None:
     s.synced()
     rows = {match[1] for match in s.told(r"A decided verdict=(\w+)")[1:]}
     assert rows == {"COPY_BY_MAP"}
+
+
+def joint_generation_in_the_cache_only(s: Scene) -> None:
+    """B takes J, and the sync of that fails; A goes on alone, B is restarted and reads J from its
+    page cache: it is behind A, and copied to by map.
+    """
+    begin_resync(s)
+    s.until(lambda: s.on_disk(s.a).pending_kind is PendingKind.JOINT)
+    joint = s.on_disk(s.a).pending
+    s.b.meta.fail(errno.EIO, "sync")
+    s.until(lambda: s.node(s.b).failed)
+    s.alone(s.a)
+    kept = s.write(s.a, 7)
+    s.kill(s.b)
+    assert s.on_disk(s.b).generation == joint
+    s.start(s.b)
+    s.synced()
+    assert s.row(s.a) == "in the base: COPY_BY_MAP"
+    s.both_have(kept)
