@@ -12,9 +12,9 @@ callback would enter Python through freed memory.
 """
 
 import ctypes
+import errno
 import os
 import threading
-from pathlib import Path
 
 _ensure = ctypes.pythonapi.PyGILState_Ensure
 _current = ctypes.pythonapi.PyThreadState_Get
@@ -25,11 +25,12 @@ for _function in (_clear, _delete):
     _function.argtypes = [ctypes.c_void_p]
     _function.restype = None
 
-_TASKS = Path("/proc/self/task")
+_tgkill = ctypes.CDLL(None, use_errno=True).tgkill
 
 # State -> native id of its thread. Each change is one operation on a dict, under the GIL.
 _kept: dict[int, int] = {}
 _here = threading.local()
+_sweeping = threading.Lock()
 
 
 def keep() -> None:
@@ -45,11 +46,23 @@ def keep() -> None:
 def sweep() -> int:
     """Delete the states of threads that have ended; returns how many are kept still.
 
-    An id that the kernel gave to a new thread delays the deletion until that one has ended too.
+    One thread at a time: only then can no address that was found dead be a new thread's meanwhile.
+    Each is asked for by itself: a list of threads is old before it is complete. An id that the
+    kernel gave to a new thread delays the deletion until that one has ended too.
     """
-    living = {int(name) for name in os.listdir(_TASKS)}  # noqa: PTH208 - names, not paths
-    for state, thread in list(_kept.items()):
-        if thread not in living and _kept.pop(state, None) is not None:
-            _clear(state)
-            _delete(state)
+    if not _sweeping.acquire(blocking=False):
+        return len(_kept)
+    try:
+        for state, thread in list(_kept.items()):
+            if _has_ended(thread):
+                del _kept[state]
+                _clear(state)
+                _delete(state)
+    finally:
+        _sweeping.release()
     return len(_kept)
+
+
+def _has_ended(thread: int) -> bool:
+    """Whether the kernel knows no such thread of this process. Signal 0 asks and sends nothing."""
+    return _tgkill(os.getpid(), thread, 0) != 0 and ctypes.get_errno() == errno.ESRCH

@@ -1,9 +1,9 @@
 """The thread states that are kept for threads which Python did not start."""
 
 import ctypes
+import os
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -36,27 +36,31 @@ def states() -> list[int]:
     return found
 
 
+def native_threads(count: int, entry: Any) -> None:
+    """Some threads at once that Python knows nothing of, to their end."""
+    handles = [ctypes.c_ulong() for _ in range(count)]
+    for handle in handles:
+        assert _libc.pthread_create(ctypes.byref(handle), None, entry, None) == 0
+    for handle in handles:
+        assert _libc.pthread_join(handle, None) == 0
+
+
 def on_native_thread(function: Callable[[], None]) -> None:
     """Run `function` on a thread that Python knows nothing of, as nbdkit's are, to its end."""
-    task: list[Path] = []
+    native_threads(1, _NATIVE(lambda _: function()))
 
-    def run(_: object) -> None:
-        task.append(Path("/proc/self/task", str(threading.get_native_id())))
-        function()
 
-    entry = _NATIVE(run)
-    thread = ctypes.c_ulong()
-    assert _libc.pthread_create(ctypes.byref(thread), None, entry, None) == 0
-    assert _libc.pthread_join(thread, None) == 0
+def until_swept() -> None:
+    """The kernel knows a thread for some microseconds after its join."""
     deadline = monotonic() + 10
-    while task[0].exists():  # the kernel lists a thread for some microseconds after the join
+    while threads.sweep():
         assert monotonic() < deadline
 
 
 @pytest.fixture(autouse=True)
 def _nothing_left() -> Iterator[None]:
     yield
-    assert threads.sweep() == 0
+    until_swept()
 
 
 def test_a_state_is_kept_once_and_deleted_after_its_thread() -> None:
@@ -70,7 +74,7 @@ def test_a_state_is_kept_once_and_deleted_after_its_thread() -> None:
     for _ in range(50):
         on_native_thread(visit)
     assert len(states()) == before + 50
-    assert threads.sweep() == 0
+    until_swept()
     assert len(states()) == before
 
 
@@ -85,3 +89,34 @@ def test_the_state_of_a_living_thread_stays() -> None:
 
     on_native_thread(visit)
     assert kept == [1]
+
+
+def test_threads_that_come_while_others_sweep_keep_their_states() -> None:
+    """Breaks in the field: two clients come and go for a while, and the engine dies of SIGSEGV.
+
+    So does this test's process, should it fail: a state is deleted under its thread.
+    """
+    before = len(states())
+
+    def visit(_: object) -> None:
+        threads.keep()
+        os.sched_yield()  # as in a system call: others run meanwhile
+        threads.keep()
+
+    entry = _NATIVE(visit)
+    ended = threading.Event()
+
+    def sweep() -> None:
+        while not ended.is_set():
+            threads.sweep()
+
+    sweepers = [threading.Thread(target=sweep) for _ in range(2)]
+    for sweeper in sweepers:
+        sweeper.start()
+    for _ in range(25):
+        native_threads(16, entry)
+    ended.set()
+    for sweeper in sweepers:
+        sweeper.join()
+    until_swept()
+    assert len(states()) == before
