@@ -77,7 +77,7 @@ def request(  # noqa: C901, PLR0912 - the life of a write, on one screen on purp
     shows the caller's buffer, so the caller may not have it back before the frame is sent and
     answered or its session closed.
     """
-    node.require_primary()
+    epoch = node.require_primary()
     if offset == end:
         return
     hold = node.locks.acquire(offset, end, True)
@@ -89,10 +89,10 @@ def request(  # noqa: C901, PLR0912 - the life of a write, on one screen on purp
         operations = pieces(node, kind, offset, end, payload, flags)
         try:
             for operation in operations:
-                node.require_primary()
+                node.require_term(epoch)
                 while not admitted(node, operation):
                     yield from make_room(node, operation)
-                    node.require_primary()
+                    node.require_term(epoch)
                 version, session = register(node, operation)
                 if session is not None:
                     yield (session.link.kick,)
@@ -105,7 +105,7 @@ def request(  # noqa: C901, PLR0912 - the life of a write, on one screen on purp
                 except NbdMirrorError as error:
                     # The peer may have done it: no error of any kind passes without a verdict.
                     yield from local_failure(node, operation, as_store_error(error))
-                operation.local_done = True
+                node.local_leg_ended(operation)
         except (StoreError, NotPrimaryError) as error:
             failure = error
         for operation in operations:
@@ -133,10 +133,7 @@ def pieces(
     """One operation per frame: payloads that a frame takes, ranges that the intent log can hold."""
     waiter = node.shell.waiter
     if kind is not FrameType.WRITE:
-        size = min(FRAME_SPAN_BYTES_MAX, REGIONS_PER_PIECE_MAX * node.geometry.region_bytes)
-        if not node.fast_zero_ok:
-            # One side may have to write the zeros: each piece within the peer's deadline.
-            size = min(size, SLOW_PIECE_BYTES_MAX)
+        size = span_bytes_max(node)
         return [
             Operation(kind, at, min(at + size, end), EMPTY, flags, waiter())
             for at in range(offset, end, size)
@@ -156,6 +153,15 @@ def pieces(
         )
         for at in range(offset, end, size)
     ]
+
+
+def span_bytes_max(node: Node) -> int:
+    """The longest range that one frame without a payload may name."""
+    size = min(FRAME_SPAN_BYTES_MAX, REGIONS_PER_PIECE_MAX * node.geometry.region_bytes)
+    if not node.fast_zero_ok:
+        # One side may have to write the zeros: each piece within the peer's deadline.
+        size = min(size, SLOW_PIECE_BYTES_MAX)
+    return size
 
 
 def register(node: Node, operation: Operation) -> tuple[int, Session | None]:
@@ -318,10 +324,20 @@ def read(node: Node, buffer: WriteBuffer, offset: int) -> Path:
 
 
 def extents(node: Node, offset: int, length: int) -> Path:
-    """(start, end) of what may hold data in the range, ascending."""
+    """(start, end) of what may hold data in the range, ascending.
+
+    It waits like a read: that a range reads as zeros is content, and may not vanish either.
+    """
     node.require_primary()
-    runs = yield (node.store.data_runs, offset, length)
-    node.require_primary()
+    hold = node.locks.acquire(offset, offset + length, False)
+    try:
+        if hold.waiter is not None:
+            yield (hold.waiter.wait,)
+            node.require_primary()
+        runs = yield (node.store.data_runs, offset, length)
+        node.require_primary()
+    finally:
+        node.locks.release(hold)
     return runs
 
 

@@ -308,6 +308,7 @@ def split_brain(node: Node, *, waits: bool) -> Path:
     node.shell.emit("split-brain", waits=waits)
     if waits and node.role is Role.PRIMARY:
         node.take_role(Role.NONE)
+        node.answer()
         node.fence()
 
 

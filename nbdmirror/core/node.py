@@ -45,6 +45,11 @@ PEER_LEFT = "peer left"
 STEP_BACK = "step back"
 OWN_CHANGES = frozenset({PEER_LEFT, STEP_BACK})
 
+STUCK = (
+    "writes of before do not return from this node's disk; nothing is decided or opened over "
+    "them: look at the disk, then restart the engine"
+)
+
 
 class Role(Enum):
     """What an engine does. It starts in NONE, always."""
@@ -143,8 +148,10 @@ class Node(Durable):
         """Whether the right to go alone comes from a compare-and-swap."""
         return self.sb.arbiter not in (ArbiterKind.NONE, ArbiterKind.PING)
 
-    def require_primary(self) -> None:
+    def require_primary(self) -> int:
         """The role gate of every client operation (rule 6, section "life of a write", step 2).
+
+        Returns the epoch, which names this term of the node.
 
         Raises:
             NotPrimaryError: this node does not serve.
@@ -154,6 +161,18 @@ class Node(Durable):
             raise NotPrimaryError(f"this node is {self.role.value}, not primary")
         if self.failed and self.right:
             raise StoreError(5, self.failed)
+        return self.epoch
+
+    def require_term(self, epoch: int) -> None:
+        """The gate again, after a wait: a request never goes on in a later term of its node.
+
+        Raises:
+            NotPrimaryError: this node does not serve, or did not in between.
+            StoreError: as require_primary.
+        """
+        if epoch != self.epoch:
+            raise NotPrimaryError("this node stepped back while the request waited")
+        self.require_primary()
 
     def take_role(self, role: Role) -> None:
         """Change the role; commands decided under the old epoch are refused from here on."""
@@ -190,13 +209,12 @@ class Node(Durable):
 
         Raises:
             StoreError: it is not; this copy has failed, for what it lost is clean in the cache.
+            RefusedError: a local write does not return; nothing was decided.
         """
         while not self.failed and any(
             op.verdict is Verdict.ACKNOWLEDGED and not op.local_done for op in self.inflight
         ):
-            waiter = self.shell.waiter()
-            self._local_waiters.append(waiter)
-            yield (waiter.wait,)
+            yield from self.local_leg_done()
         try:
             yield (self.store.fdatasync,)
         except StoreError as error:
@@ -412,15 +430,33 @@ class Node(Durable):
             wake_all(self._idle_waiters)
 
     def quiesce(self) -> Path:
-        """Wait until no path of an ended session can change data any more."""
+        """Wait until nothing of an ended session or term can change data any more.
+
+        Raises:
+            RefusedError: something does not return from the disk.
+        """
         while any(not session.live for session in self.active):
             waiter = self.shell.waiter()
             self._idle_waiters.append(waiter)
             if not (yield (waiter.wait, QUIESCE_TIMEOUT_MS / 1000)):
-                raise RefusedError(
-                    "writes of an ended session do not return from this node's disk; "
-                    "nothing is opened over them: look at the disk, then restart the engine"
-                )
+                raise RefusedError(STUCK)
+        # A primary's own writes are ordered by its range locks; those of a peer know nothing of
+        # them, and one that was answered long ago would land on top of what the peer sends.
+        while self.role is not Role.PRIMARY and any(not op.local_done for op in self.inflight):
+            yield from self.local_leg_done()
+
+    def local_leg_ended(self, operation: Operation) -> None:
+        """The local file has taken an operation; wakes whoever waits for that."""
+        operation.local_done = True
+        if self._local_waiters:
+            wake_all(self._local_waiters)
+
+    def local_leg_done(self) -> Path:
+        """Wait for the next local leg that ends; bounded."""
+        waiter = self.shell.waiter()
+        self._local_waiters.append(waiter)
+        if not (yield (waiter.wait, QUIESCE_TIMEOUT_MS / 1000)):
+            raise RefusedError(STUCK)
 
     # --- the joint step's last parts -----------------------------------------------------------
 

@@ -8,7 +8,7 @@ cursor, because a comparison by hash costs a round trip.
 """
 
 from nbdmirror.core.checks import keyed_hash
-from nbdmirror.core.io import flush_pair
+from nbdmirror.core.io import flush_pair, span_bytes_max
 from nbdmirror.core.node import Node
 from nbdmirror.core.ports import Path, ReadBuffer, Waiter
 from nbdmirror.core.session import EMPTY, Session
@@ -16,14 +16,12 @@ from nbdmirror.core.wire import FrameType
 from nbdmirror.errors import NbdMirrorError, PeerProtocolError, SessionLostError
 from nbdmirror.limits import (
     COMMAND_TIMEOUT_MS,
-    FRAME_SPAN_BYTES_MAX,
     HASH_BLOCK_BYTES,
     RESYNC_CHUNK_BYTES,
     RESYNC_CHUNKS_AHEAD,
 )
 
 ZEROS = bytes(RESYNC_CHUNK_BYTES)
-REGIONS_PER_SPAN_MAX = 128
 
 
 class Pass:
@@ -92,11 +90,10 @@ def worker(node: Node, session: Session, shared: Pass) -> Path:
 
 def run_extents_max(node: Node, cursor: int) -> int:
     """How many extents one step may take: a chunk, or a long span where holes may be skipped."""
-    span = min(FRAME_SPAN_BYTES_MAX, REGIONS_PER_SPAN_MAX * node.geometry.region_bytes)
     size = node.geometry.extent_bytes
     if cursor % (RESYNC_CHUNK_BYTES // size):
         return RESYNC_CHUNK_BYTES // size - cursor % (RESYNC_CHUNK_BYTES // size)
-    return span // size
+    return span_bytes_max(node) // size
 
 
 def copy_run(node: Node, session: Session, offset: int, end: int) -> Path:

@@ -6,17 +6,22 @@ what must come out.
 """
 
 import errno
+from dataclasses import replace
+from typing import Any
 
-from nbdmirror.core import roles
+from nbdmirror.core import io, roles
 from nbdmirror.core.node import Role
+from nbdmirror.core.ports import ReadBuffer
 from nbdmirror.core.session import Phase
 from nbdmirror.core.superblock import DataState, Flags
+from nbdmirror.limits import ACK_TIMEOUT_MS
 from tests.sim.disk import CHANGES
 from tests.sim.host import Host
 from tests.sim.sequences_crashes import begin_resync
 from tests.sim.sequences_scene import Request, Scene
 
 SLOW_FACTOR = 50
+HELD_MS = 40_000
 
 
 def is_told(request: Request, error: str) -> bool:
@@ -97,6 +102,7 @@ def failed_primary_acknowledges_nothing(s: Scene) -> None:
     """
     s.pair()
     s.a.data.fail(errno.EIO, "zero")
+    s.b.data.slow_factor = SLOW_FACTOR
     beside = s.begin_write(s.a, 600, 200)
     s.begin_zero(s.a, 5)
     s.until(lambda: s.node(s.a).failed)
@@ -205,6 +211,126 @@ def full_in_the_joint_step(s: Scene) -> None:
     assert is_told(pending, "NotPrimaryError")
     s.b.meta.slow_factor = 1
     returns(s, s.a)
+
+
+# --- a local write that takes its time ---------------------------------------------------------
+
+
+def late_write_before_a_swap(s: Scene) -> None:
+    """A's own leg of W1 hangs over a swap: it may not land on what B sends for the same block."""
+    s.pair()
+    s.hold_next_write(s.a, HELD_MS)
+    first = s.begin_write(s.a, 5)
+    s.run(100)
+    s.command(s.a, roles.demote(s.node(s.a)))
+    s.until(lambda: not s.session(s.b).peer_primary)
+    s.promote(s.b)
+    s.until(lambda: s.told("A session-lost .*do not return"))
+    assert not s.checker.both_synced()
+    second = s.begin_write(s.b, 5)
+    s.answered(first, HELD_MS)
+    s.synced()
+    s.until(lambda: second.acknowledged)
+    s.both_have(second)
+
+
+def late_write_behind_a_cut(s: Scene) -> None:
+    """The same, and the link is lost before A steps back: nothing calls A's disk failed."""
+    s.pair()
+    s.hold_next_write(s.a, HELD_MS)
+    s.begin_write(s.a, 5)
+    s.run(100)
+    s.part()
+    s.promote(s.b)
+    s.command(s.a, roles.demote(s.node(s.a)))
+    second = s.write(s.b, 5)
+    s.heal()
+    s.run(HELD_MS)
+    s.synced()
+    s.both_have(second)
+
+
+def request_of_an_earlier_term(s: Scene) -> None:
+    """W2 waits for W1's range while A steps back and serves again: it is not carried out then."""
+    for host in s.sim.hosts:
+        host.settings = replace(host.settings, ack_timeout_ms=5 * ACK_TIMEOUT_MS)
+    s.pair()
+    s.hold_next_write(s.a, HELD_MS)
+    s.begin_write(s.a, 5)
+    s.run(100)
+    waiting = s.begin_write(s.a, 5)
+    s.run(100)
+    s.command(s.a, roles.demote(s.node(s.a)))
+    s.promote(s.a)
+    s.answered(waiting, HELD_MS)
+    assert is_told(waiting, "NotPrimaryError")
+    assert not s.has(s.a, waiting)
+    assert not s.has(s.b, waiting)
+
+
+def pieces_and_a_decision(s: Scene) -> None:
+    """W has two pieces: B has the first, and A's disk still takes it when B is lost. A waits for
+    that, and only for that: the second is frozen until A has decided.
+    """
+    s.pair()
+    s.hold_next_write(s.a, 400)
+    pending = s.begin_write(s.a, 0, 512)
+    s.run(50)
+    s.kill(s.b)
+    s.command(s.a, roles.alone(s.node(s.a)))
+    s.until(lambda: pending.acknowledged)
+    s.start(s.b)
+    s.synced()
+    s.both_have(pending)
+
+
+def pieces_and_the_peers_word(s: Scene) -> None:
+    """The same when B leaves in order: nothing failed, and nothing stands still."""
+    s.pair()
+    s.hold_next_write(s.a, 400)
+    pending = s.begin_write(s.a, 0, 512)
+    s.run(20)
+    s.stop(s.b)
+    s.until(lambda: pending.acknowledged)
+    assert Flags.PEER_OUTDATED in s.on_disk(s.a).flags
+    s.start(s.b)
+    s.synced()
+    s.both_have(pending)
+
+
+def slow_peer_makes_progress(s: Scene) -> None:
+    """B needs more than the deadline for all that is in flight, and far less for each frame."""
+    s.pair()
+    store = s.life(s.b).store
+    pwrite = store.pwrite
+
+    def slow(buffer: ReadBuffer, offset: int) -> Any:
+        operation = pwrite(buffer, offset)
+        operation.delay_ms = 5 * ACK_TIMEOUT_MS // 100
+        return operation
+
+    store.pwrite = slow  # type: ignore[method-assign]
+    pending = [s.begin_write(s.a, 256 * (n + 1), 256) for n in range(31)]
+    s.until(lambda: all(request.acknowledged for request in pending))
+    assert not s.told("session-lost")
+
+
+def block_status_waits_for_a_zero(s: Scene) -> None:
+    """That a range reads as zeros is shown when both have it: after a failover it may be data."""
+    s.pair()
+    s.write(s.a, 5)
+    s.cut()
+    pending = s.begin_zero(s.a, 5)
+    s.run(100)
+    ended = s.begin(s.a, io.extents(s.node(s.a), 5 * 4096, 4096))
+    s.run(500)
+    assert not ended
+    s.heal()
+    s.until(lambda: ended and pending.acknowledged)
+    assert ended[0][0] == []
+
+
+# --- failures of flush and mark ------------------------------------------------------------------
 
 
 def failure_is_stored_before_it_is_told(s: Scene) -> None:

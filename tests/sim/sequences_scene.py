@@ -11,7 +11,7 @@ from typing import Any
 
 from nbdmirror.core import io, roles
 from nbdmirror.core.node import Node, Role, Settings
-from nbdmirror.core.ports import Path
+from nbdmirror.core.ports import Path, ReadBuffer
 from nbdmirror.core.session import Session
 from nbdmirror.core.superblock import Superblock
 from nbdmirror.core.wire import FrameFlag
@@ -319,9 +319,9 @@ class Scene:
         if error is not None:
             answers.failed(self.checker, life.host, name, error, request.began)
 
-    def answered(self, request: Request) -> None:
+    def answered(self, request: Request, limit_ms: int = LIMIT_MS) -> None:
         """Run until a request has been answered, well or badly."""
-        self.until(lambda: request.problem is not None)
+        self.until(lambda: request.problem is not None, limit_ms)
 
     def write(self, host: Host, extent: int, count: int = 1, *, fua: bool = False) -> Request:
         """A write that must be acknowledged."""
@@ -344,6 +344,19 @@ class Scene:
 
         self.world.spawn(life, "flush", io.flush(life.node), done)
         return request
+
+    def hold_next_write(self, host: Host, held_ms: int) -> None:
+        """This host's disk takes so long for its next write."""
+        store = self.life(host).store
+        pwrite = store.pwrite
+
+        def held(buffer: ReadBuffer, offset: int) -> Any:
+            store.pwrite = pwrite  # type: ignore[method-assign]
+            operation = pwrite(buffer, offset)
+            operation.delay_ms = held_ms
+            return operation
+
+        store.pwrite = held  # type: ignore[method-assign]
 
     def begin_read(self, host: Host, extent: int) -> Request:
         """A client reads one extent."""

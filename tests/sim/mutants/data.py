@@ -193,14 +193,54 @@ DATA: Final = (
              "            yield (node.store.fdatasync,)\n            seq = session.applied_seq\n"),
     ),
     Mutant(
+        "late-write-lands", 6,
+        "a write of a term that has ended lands on top of what the peer sends",
+        core("node",
+             "        while self.role is not Role.PRIMARY and any(not op.local_done for op in"
+             " self.inflight):\n            yield from self.local_leg_done()\n",
+             ""),
+        sequences=("late_write_before_a_swap", "late_write_behind_a_cut"), quick=True,
+    ),
+    Mutant(
+        "earlier-term-goes-on", 6,
+        "a request that waited over a step-back is carried out in the next term",
+        core("node", "        if epoch != self.epoch:\n", "        if epoch > self.epoch:\n"),
+        sequences=("request_of_an_earlier_term",), quick=True,
+    ),
+    Mutant(
+        "local-leg-wakes-nobody", 8,
+        "a decision waits for a local write that has ended, for ever",
+        core("node",
+             "        if self._local_waiters:\n            wake_all(self._local_waiters)\n\n"
+             "    def local_leg_done",
+             "\n    def local_leg_done"),
+        sequences=("pieces_and_a_decision", "pieces_and_the_peers_word"), quick=True,
+    ),
+    Mutant(
+        "one-answer-per-batch", 8,
+        "a slow peer that makes progress is lost",
+        core("replica", "            if unacknowledged >= ACK_BYTES:\n",
+             "            if unacknowledged < 0:\n"),
+        sequences=("slow_peer_makes_progress",), quick=True,
+    ),
+    Mutant(
+        "block-status-early", 4,
+        "block status shows zeros that a failover takes back",
+        core("io",
+             "            yield (hold.waiter.wait,)\n            node.require_primary()\n"
+             "        runs =",
+             "            pass\n        runs ="),
+        sequences=("block_status_waits_for_a_zero",), quick=True,
+    ),
+    Mutant(
         "local-failure-acknowledged", 5,
         "a write that failed here is acknowledged because the peer has it",
         core("io",
              "                    yield from local_failure("
              "node, operation, as_store_error(error))\n"
-             "                operation.local_done = True\n",
+             "                node.local_leg_ended(operation)\n",
              "                    del error\n"
-             "                operation.local_done = True\n"),
+             "                node.local_leg_ended(operation)\n"),
         sequences=("local_disk_fails",), quick=True,
     ),
     Mutant(
