@@ -108,6 +108,8 @@ class SimFile:
         self.started: dict[int, Change] = {}
         self._serial = 0
         self.slow_factor = 1
+        # How long the next write takes on top: a bad sector under a part of a page.
+        self.hold_ms = 0
         self.failed = False
         # Operation: the errno it fails with; those of `once` fail one time only.
         self.failing: dict[str, int] = {}
@@ -259,7 +261,8 @@ def write_op(
             file.make_range_durable(change.offset, change.end)
 
     delay_ms = rng.choice((0, 0, 0, 1, 2)) + (rng.randrange(1, 8) if durable else 0)
-    return DiskOp(delay_ms * file.slow_factor, effect)
+    held_ms, file.hold_ms = file.hold_ms, 0
+    return DiskOp(delay_ms * file.slow_factor + held_ms, effect)
 
 
 def raise_error(number: int, where: str) -> None:

@@ -40,8 +40,9 @@ class Faults:
         self.kinds: list[Callable[[], Path | None]] = [
             self.kill, self.kill, self.power, self.power, self.power_both, self.cut, self.cut,
             self.cut_one_way, self.flap, self.reset, self.reset, self.pause, self.pause,
-            self.slow_net, self.slow_disk, self.sync_error, self.write_error, self.no_space,
-            self.not_offered, self.read_error, self.full_disk, self.bad_disk, self.meta_error,
+            self.slow_net, self.slow_disk, self.held_write, self.held_write, self.sync_error,
+            self.write_error, self.no_space, self.not_offered, self.read_error, self.full_disk,
+            self.bad_disk, self.meta_error,
             self.swap, self.swap, self.demote, self.stop, self.stop,
             self.drain, self.compare_all, self.arbiter_down, self.slow_disk_power,
         ]  # fmt: skip
@@ -153,6 +154,10 @@ class Faults:
         host.data.slow_factor = host.meta.slow_factor = self.rng.choice((5, 30))
         yield (sleep, self.rng.randrange(300, 3000))
         host.data.slow_factor = host.meta.slow_factor = 1
+
+    def held_write(self) -> None:
+        """The next write of one host takes longer than some deadlines, or than all of them."""
+        self._host().data.hold_ms = self.rng.choice((700, 3000, 8000, 25_000))
 
     def _fail_once(self, file: str, number: int, *operations: str) -> None:
         """The next of these operations on one running host fails."""

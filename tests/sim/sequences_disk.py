@@ -219,7 +219,7 @@ def full_in_the_joint_step(s: Scene) -> None:
 def late_write_before_a_swap(s: Scene) -> None:
     """A's own leg of W1 hangs over a swap: it may not land on what B sends for the same block."""
     s.pair()
-    s.hold_next_write(s.a, HELD_MS)
+    s.a.data.hold_ms = HELD_MS
     first = s.begin_write(s.a, 5)
     s.run(100)
     s.command(s.a, roles.demote(s.node(s.a)))
@@ -237,7 +237,7 @@ def late_write_before_a_swap(s: Scene) -> None:
 def late_write_behind_a_cut(s: Scene) -> None:
     """The same, and the link is lost before A steps back: nothing calls A's disk failed."""
     s.pair()
-    s.hold_next_write(s.a, HELD_MS)
+    s.a.data.hold_ms = HELD_MS
     s.begin_write(s.a, 5)
     s.run(100)
     s.part()
@@ -255,7 +255,7 @@ def request_of_an_earlier_term(s: Scene) -> None:
     for host in s.sim.hosts:
         host.settings = replace(host.settings, ack_timeout_ms=5 * ACK_TIMEOUT_MS)
     s.pair()
-    s.hold_next_write(s.a, HELD_MS)
+    s.a.data.hold_ms = HELD_MS
     s.begin_write(s.a, 5)
     s.run(100)
     waiting = s.begin_write(s.a, 5)
@@ -273,7 +273,7 @@ def pieces_and_a_decision(s: Scene) -> None:
     that, and only for that: the second is frozen until A has decided.
     """
     s.pair()
-    s.hold_next_write(s.a, 400)
+    s.a.data.hold_ms = 400
     pending = s.begin_write(s.a, 0, 512)
     s.run(50)
     s.kill(s.b)
@@ -287,7 +287,7 @@ def pieces_and_a_decision(s: Scene) -> None:
 def pieces_and_the_peers_word(s: Scene) -> None:
     """The same when B leaves in order: nothing failed, and nothing stands still."""
     s.pair()
-    s.hold_next_write(s.a, 400)
+    s.a.data.hold_ms = 400
     pending = s.begin_write(s.a, 0, 512)
     s.run(20)
     s.stop(s.b)

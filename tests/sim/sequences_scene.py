@@ -11,7 +11,7 @@ from typing import Any
 
 from nbdmirror.core import io, roles
 from nbdmirror.core.node import Node, Role, Settings
-from nbdmirror.core.ports import Path, ReadBuffer
+from nbdmirror.core.ports import Path
 from nbdmirror.core.session import Session
 from nbdmirror.core.superblock import Superblock
 from nbdmirror.core.wire import FrameFlag
@@ -344,19 +344,6 @@ class Scene:
 
         self.world.spawn(life, "flush", io.flush(life.node), done)
         return request
-
-    def hold_next_write(self, host: Host, held_ms: int) -> None:
-        """This host's disk takes so long for its next write."""
-        store = self.life(host).store
-        pwrite = store.pwrite
-
-        def held(buffer: ReadBuffer, offset: int) -> Any:
-            store.pwrite = pwrite  # type: ignore[method-assign]
-            operation = pwrite(buffer, offset)
-            operation.delay_ms = held_ms
-            return operation
-
-        store.pwrite = held  # type: ignore[method-assign]
 
     def begin_read(self, host: Host, extent: int) -> Request:
         """A client reads one extent."""
