@@ -220,7 +220,13 @@ class DeviceSection(_Section):
 class EngineSection(_Section):
     """`[engine]`"""
 
-    threads: int = _count(4, 1, THREADS_MAX, "count", "nbdkit's threads for each connection")
+    threads: int = _count(
+        0,
+        0,
+        THREADS_MAX,
+        "count",
+        "nbdkit's threads for each connection; 0: 4, or 1 where this nbdkit is older than 1.34.0",
+    )
     connections_max: int = _count(32, 1, CONNECTIONS_MAX, "count", "NBD clients at once")
     ack_timeout_ms: int = _count(
         ACK_TIMEOUT_MS,

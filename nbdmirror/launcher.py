@@ -9,10 +9,12 @@ else.
 import contextlib
 import fcntl
 import os
+import re
 import select
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -27,6 +29,10 @@ LISTEN_BACKLOG: Final = 64
 POLL_S: Final = 0.1
 STOP_TIMEOUT_S: Final = 30.0
 KILL_AFTER_S: Final = 1.0
+# From this nbdkit on a connection may have several threads, and how many it gets by default.
+BEARS_THREADS: Final = (1, 34, 0)
+THREADS_DEFAULT: Final = 4
+VERSION_TIMEOUT_S: Final = 10.0
 PLUGIN_NAME: Final = "nbdmirror_plugin.py"
 # The witness of a test, and what fits the C library and OpenSSL to the machine.
 HANDED_ON: Final = frozenset({"NBDMIRROR_BOOT_ID_FILE", "GLIBC_TUNABLES", "OPENSSL_ia32cap"})
@@ -117,7 +123,7 @@ def command_line(config: Config) -> list[str]:
         nbdkit,
         "--foreground",
         "--threads",
-        str(config.engine.threads),
+        str(threads(config.engine.threads, nbdkit)),
         "--filter=limit",
         "python",
         str(plugin_file()),
@@ -125,6 +131,41 @@ def command_line(config: Config) -> list[str]:
         f"node={config.me.name}",
         f"limit={config.engine.connections_max}",
     ]
+
+
+def threads(wanted: int, nbdkit: str) -> int:
+    """nbdkit's threads for each connection: as configured, or with 0 as many as this nbdkit bears.
+
+    Before 1.34.0 a connection of several threads ends the whole nbdkit, by an assertion, when its
+    client dies with requests in flight: one thread closes the socket, another one answers (docs/adr
+    0014). A version that cannot be read counts as such a one.
+
+    Raises:
+        ConfigError: several threads were asked for, and this nbdkit would not survive its clients.
+    """
+    version = version_of(nbdkit)
+    if version >= BEARS_THREADS:
+        return wanted or THREADS_DEFAULT
+    if wanted > 1:
+        shown = ".".join(map(str, version)) or "an unknown version"
+        raise ConfigError(
+            f"engine.threads = {wanted}: {nbdkit} is {shown}, and before"
+            f" {'.'.join(map(str, BEARS_THREADS))} a client that dies with requests in flight ends"
+            " an engine with more than one thread for each connection; remove the line, or set 1"
+        )
+    return 1
+
+
+def version_of(nbdkit: str) -> tuple[int, ...]:
+    """What `nbdkit --version` says; () if it says nothing that can be read."""
+    try:
+        said = subprocess.run(  # noqa: S603 - the nbdkit that is to be started
+            [nbdkit, "--version"], capture_output=True, check=False, timeout=VERSION_TIMEOUT_S
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    match = re.match(rb"nbdkit (\d+)\.(\d+)\.(\d+)", said)
+    return tuple(map(int, match.groups())) if match else ()
 
 
 def plugin_file() -> Path:

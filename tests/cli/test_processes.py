@@ -24,7 +24,7 @@ run_dir = "{long}"
 extent = "5KiB"
 region = "3MiB"
 [engine]
-threads = 0
+threads = 65
 connections_max = "many"
 ack_timeout_ms = 1
 flush_bytes = "64MB"
