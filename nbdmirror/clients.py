@@ -8,6 +8,7 @@ import contextlib
 import os
 import socket
 import stat
+from collections.abc import Iterator
 from typing import Any
 
 LISTEN_FDS_START = 3
@@ -17,7 +18,7 @@ def listening_addresses() -> list[Any]:
     """The addresses of the sockets that nbdkit got by activation."""
     addresses: list[Any] = []
     for descriptor in _sockets():
-        with _borrowed(descriptor) as sock, contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), _borrowed(descriptor) as sock:
             if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 addresses.append((sock.family, sock.getsockname()))
     return addresses
@@ -26,20 +27,17 @@ def listening_addresses() -> list[Any]:
 def disconnect_clients(listening: list[Any], how: int) -> int:
     """Shut down every connection accepted on one of these addresses; returns how many.
 
-    `how` as for shutdown(2). With SHUT_RD nbdkit takes no further request, sends the replies that
-    it still has, and closes; SHUT_RDWR cuts them off.
+    One that nbdkit closes meanwhile is gone already. `how` as for shutdown(2). With SHUT_RD nbdkit
+    takes no further request, sends the replies that it still has, and closes; SHUT_RDWR cuts them
+    off.
     """
     count = 0
     for descriptor in _sockets():
-        with _borrowed(descriptor) as sock:
-            try:
-                if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                    continue
-                if _is_of(sock, listening):
-                    sock.shutdown(how)
-                    count += 1
-            except OSError:
-                continue
+        with contextlib.suppress(OSError), _borrowed(descriptor) as sock:
+            accepts = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            if not accepts and _is_of(sock, listening):
+                sock.shutdown(how)
+                count += 1
     return count
 
 
@@ -64,14 +62,8 @@ def _sockets() -> list[int]:
     return found
 
 
-class _borrowed:  # noqa: N801 - used like a function
-    """A socket object over a descriptor that is not ours to close."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._socket = socket.socket(fileno=os.dup(descriptor))
-
-    def __enter__(self) -> socket.socket:
-        return self._socket
-
-    def __exit__(self, *_: object) -> None:
-        self._socket.close()
+@contextlib.contextmanager
+def _borrowed(descriptor: int) -> Iterator[socket.socket]:
+    """A socket object over a descriptor that is not ours to close. OSError: it is closed."""
+    with socket.socket(fileno=os.dup(descriptor)) as sock:
+        yield sock
