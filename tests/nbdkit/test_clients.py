@@ -88,9 +88,10 @@ def test_fio_verifies_with_overlaps(pair: Pair, tmp_path: Path) -> None:
     """Breaks in the field: overlapping writes in flight end differently on the two nodes."""
     run(
         "fio", "--name=v", "--ioengine=nbd", f"--uri={pair.alpha.uri}", "--rw=randwrite",
-        "--bsrange=512-64k", "--bs_unaligned=1", "--iodepth=16", "--size=4M", "--io_size=32M",
+        "--bsrange=512-64k", "--bs_unaligned=1", "--iodepth=16", "--size=4M", "--io_size=12M",
         "--verify=crc32c", "--verify_fatal=1", "--random_generator=tausworthe64", "--fsync=50",
         "--serialize_overlap=1", f"--aux-path={tmp_path}", "--randseed=7",
+        "--numjobs=3", "--thread=1", "--offset_increment=4M",
     )  # fmt: skip
     run(
         "fio", "--name=o", "--ioengine=nbd", f"--uri={pair.alpha.uri}", "--rw=randwrite",

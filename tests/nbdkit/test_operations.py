@@ -74,34 +74,40 @@ def test_trim_and_zero_up_to_the_largest_range(make_pair: MakePair) -> None:
 
 
 class Requests:
-    """Requests in flight on one connection, and the errno that each was answered with."""
+    """Requests in flight, each on a connection of its own, and the errno that each ended with."""
 
-    def __init__(self, handle: nbd.NBD) -> None:
-        self.handle = handle
+    def __init__(self, engine: Engine) -> None:
         self.codes: dict[str, int] = {}
-        self._sent = 0
+        self._engine = engine
+        self._handles: dict[str, nbd.NBD] = {}
 
-    def done(self, name: str) -> Callable[[Any], int]:
-        """Note how the request `name` ends."""
-        self._sent += 1
+    def _begin(self, name: str) -> tuple[nbd.NBD, Callable[[Any], int]]:
+        """A connection for the request `name`, and what notes how it ends."""
 
         def note(error: Any) -> int:
             self.codes[name] = int(getattr(error, "value", error) or 0)
             return 1
 
-        return note
+        self._handles[name] = self._engine.connect()
+        return self._handles[name], note
 
     def write(self, name: str) -> None:
         """A block at the beginning, not waited for."""
-        self.handle.aio_pwrite(
-            nbd.Buffer.from_bytearray(bytearray(4096)), 0, completion=self.done(name)
-        )
+        handle, note = self._begin(name)
+        handle.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(4096)), 0, completion=note)
+
+    def read(self, name: str, count: int) -> None:
+        """From the beginning; waited for until the first bytes of the reply are here."""
+        handle, note = self._begin(name)
+        handle.aio_pread(nbd.Buffer(count), 0, completion=note)
+        handle.poll(-1)
 
     def answered(self) -> dict[str, int]:
-        """Serve the connection until all are answered or it is gone; returns what they got."""
-        with contextlib.suppress(nbd.Error):
-            while len(self.codes) < self._sent:
-                self.handle.poll(-1)
+        """Serve every connection until its request is answered or it is gone; what they got."""
+        for name, handle in self._handles.items():
+            with contextlib.suppress(nbd.Error):
+                while name not in self.codes:
+                    handle.poll(-1)
         return self.codes
 
 
@@ -137,7 +143,7 @@ def test_demotion_under_load_says_shutdown(make_pair: MakePair) -> None:
     handle = nbd.NBD()
     handle.add_meta_context("base:allocation")
     handle.connect_uri(alpha.uri)
-    requests = Requests(alpha.connect())
+    requests = Requests(alpha)
     beta.freeze()
     requests.write("in flight before")
     alpha.wait_state(
@@ -171,7 +177,7 @@ def test_frozen_writes_are_answered_by_demote(pair: Pair) -> None:
     ends as a broken connection, which a client takes for a reason to send it again.
     """
     alpha, beta = pair.both
-    requests = Requests(alpha.connect())
+    requests = Requests(alpha)
     beta.kill()
     alpha.wait_state(lambda s: s["frozen"], "frozen")
     for name in ("first", "waits for the first", "and the next"):
@@ -187,11 +193,9 @@ def test_a_reply_on_its_way_arrives(make_pair: MakePair) -> None:
     instead of what became of its request.
     """
     pair = make_pair(size=80 << 20).up(sparse=True)
-    requests = Requests(pair.alpha.connect())
-    big = nbd.Buffer(64 << 20)
+    requests = Requests(pair.alpha)
     # More than the socket holds: nbdkit is in the midst of it as long as nobody reads.
-    requests.handle.aio_pread(big, 0, completion=requests.done("read"))
-    requests.handle.poll(-1)
+    requests.read("read", 64 << 20)
     with demoting(pair.alpha):
         assert requests.answered() == {"read": 0}
 
@@ -199,9 +203,8 @@ def test_a_reply_on_its_way_arrives(make_pair: MakePair) -> None:
 def test_a_client_that_does_not_read_is_cut_off(make_pair: MakePair) -> None:
     """Breaks in the field: a stopped client keeps a node from stepping back."""
     pair = make_pair(size=80 << 20).up(sparse=True)
-    requests = Requests(pair.alpha.connect())
-    requests.handle.aio_pread(nbd.Buffer(64 << 20), 0, completion=requests.done("read"))
-    requests.handle.poll(-1)
+    requests = Requests(pair.alpha)
+    requests.read("read", 64 << 20)
     with demoting(pair.alpha):
         pair.alpha.wait_state(lambda s: s["clients"] == 0, "it is gone")
     assert requests.answered() == {"read": errno.ENOTCONN}

@@ -1,9 +1,10 @@
 """A client that writes and remembers what was acknowledged, so that a loss cannot go unseen.
 
-Owns one NBD connection, a thread, and the ledger: for each slot the content that was
+Owns its NBD connections, a thread for each, and the ledger: for each slot the content that was
 acknowledged last and every content that was sent since (its outcome is unknown when the
 connection broke). Each content is made from slot and number, so a block that holds anything
-else, torn or stale, is found.
+else, torn or stale, is found. Several connections, because an engine may serve the requests of
+one connection one after the other (docs/adr 0014).
 """
 
 import contextlib
@@ -17,6 +18,7 @@ from typing import Any
 import nbd
 
 SLOT_BYTES = 4096
+CONNECTIONS = 4
 STAMP = struct.Struct("<QQ")
 
 
@@ -29,6 +31,8 @@ def content(slot: int, number: int) -> bytes:
 
 class Load:
     """Writes 4 KiB blocks at random places, `depth` in flight, each slot by one request at a time.
+
+    The requests in flight are spread over four connections, fewer if there are fewer.
 
     `acknowledged[slot]` is the number of its last acknowledged write, `sent[slot]` that of the
     last one sent.
@@ -47,19 +51,28 @@ class Load:
         self.error = ""
         self._random = random.Random(seed)
         self._number = 0
+        self._busy: set[int] = set()
         self._stopping = threading.Event()
         self._progress = threading.Condition()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
 
     def start(self, uri: str | None = None) -> "Load":
         """Begin to write; a load that was stopped may go on, also somewhere else."""
         self.uri = uri or self.uri
         self.error = ""
         self._stopping.clear()
-        handle = nbd.NBD()
-        handle.connect_uri(self.uri)
-        self._thread = threading.Thread(target=self._run, args=(handle,), daemon=True)
-        self._thread.start()
+        self._busy.clear()
+        count = min(CONNECTIONS, self.depth)
+        depths = [self.depth // count + (n < self.depth % count) for n in range(count)]
+        handles = [nbd.NBD() for _ in depths]
+        for handle in handles:
+            handle.connect_uri(self.uri)
+        self._threads = [
+            threading.Thread(target=self._run, args=each, daemon=True)
+            for each in zip(handles, depths, strict=True)
+        ]
+        for thread in self._threads:
+            thread.start()
         return self
 
     def stop(self) -> "Load":
@@ -69,9 +82,11 @@ class Load:
 
     def ended(self, bound_s: float = 60.0) -> "Load":
         """Wait for the end: asked for, or because the server went away."""
-        assert self._thread is not None
-        self._thread.join(bound_s)
-        assert not self._thread.is_alive(), "the client still waits for an answer"
+        assert self._threads
+        until = monotonic() + bound_s
+        for thread in self._threads:
+            thread.join(max(0, until - monotonic()))
+            assert not thread.is_alive(), "the client still waits for an answer"
         return self
 
     def wait(self, more: int, bound_s: float = 60.0) -> None:
@@ -89,46 +104,58 @@ class Load:
                     raise TimeoutError(f"{self.count} of {target} acknowledged; {self.error}")
                 self._progress.wait(left)
 
-    def _run(self, handle: nbd.NBD) -> None:
-        busy: set[int] = set()
+    def _run(self, handle: nbd.NBD, depth: int) -> None:
+        mine: set[int] = set()
         try:
-            while busy or not self._stopping.is_set():
-                while len(busy) < self.depth and not self._stopping.is_set():
-                    self._submit(handle, busy)
+            while mine or not self._stopping.is_set():
+                while len(mine) < depth and not self._stopping.is_set():
+                    self._submit(handle, mine)
                 handle.poll(100)
         except nbd.Error as error:
-            self.error = str(error)
+            self._failed(str(error))
         finally:
             with contextlib.suppress(nbd.Error):
                 handle.shutdown()
             with self._progress:
                 self._progress.notify_all()
 
-    def _submit(self, handle: nbd.NBD, busy: set[int]) -> None:
-        slot = self.first + self._random.randrange(self.slots)
-        if slot in busy:
-            return
-        busy.add(slot)
-        self._number += 1
-        number = self._number
-        self.sent[slot] = number
-        fua = nbd.CMD_FLAG_FUA if self._random.random() < 0.03 else 0
+    def _failed(self, error: str) -> None:
+        """The first error counts, and ends the load on every connection."""
+        with self._progress:
+            self.error = self.error or error
+            self._progress.notify_all()
+        self._stopping.set()
+
+    def _take(self, mine: set[int]) -> tuple[int, int, int]:
+        """A slot that no request is at work on, the number of its next write, and the flags."""
+        with self._progress:
+            while (slot := self.first + self._random.randrange(self.slots)) in self._busy:
+                pass
+            self._busy.add(slot)
+            mine.add(slot)
+            self._number += 1
+            self.sent[slot] = self._number
+            fua = nbd.CMD_FLAG_FUA if self._random.random() < 0.03 else 0
+            return slot, self._number, fua
+
+    def _submit(self, handle: nbd.NBD, mine: set[int]) -> None:
+        slot, number, flags = self._take(mine)
 
         def done(error: Any) -> int:
             failed = int(getattr(error, "value", error) or 0)
-            if failed:
-                self.error = f"errno {failed}"
-                self._stopping.set()
-            else:
+            mine.discard(slot)
+            if failed:  # the outcome is unknown, so the slot stays taken until the next start
+                self._failed(f"errno {failed}")
+                return 1
+            with self._progress:
                 self.acknowledged[slot] = number
-                with self._progress:
-                    self.count += 1
-                    self._progress.notify_all()
-            busy.discard(slot)
+                self.count += 1
+                self._busy.discard(slot)
+                self._progress.notify_all()
             return 1
 
         handle.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(content(slot, number))),
-                          slot * SLOT_BYTES, completion=done, flags=fua)  # fmt: skip
+                          slot * SLOT_BYTES, completion=done, flags=flags)  # fmt: skip
 
     # --- judgement --------------------------------------------------------------------------
 
