@@ -74,26 +74,28 @@ def test_trim_and_zero_up_to_the_largest_range(make_pair: MakePair) -> None:
 
 
 class Requests:
-    """Requests in flight, each on a connection of its own, and the errno that each ended with."""
+    """Requests in flight, each on a connection of its own if not told otherwise, and the errno that
+    each ended with.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.codes: dict[str, int] = {}
         self._engine = engine
         self._handles: dict[str, nbd.NBD] = {}
 
-    def _begin(self, name: str) -> tuple[nbd.NBD, Callable[[Any], int]]:
+    def _begin(self, name: str, behind: str = "") -> tuple[nbd.NBD, Callable[[Any], int]]:
         """A connection for the request `name`, and what notes how it ends."""
 
         def note(error: Any) -> int:
             self.codes[name] = int(getattr(error, "value", error) or 0)
             return 1
 
-        self._handles[name] = self._engine.connect()
+        self._handles[name] = self._handles[behind] if behind else self._engine.connect()
         return self._handles[name], note
 
-    def write(self, name: str) -> None:
-        """A block at the beginning, not waited for."""
-        handle, note = self._begin(name)
+    def write(self, name: str, *, behind: str = "") -> None:
+        """A block at the beginning, not waited for; on the connection of the request `behind`."""
+        handle, note = self._begin(name, behind)
         handle.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(4096)), 0, completion=note)
 
     def read(self, name: str, count: int) -> None:
@@ -182,10 +184,11 @@ def test_frozen_writes_are_answered_by_demote(pair: Pair) -> None:
     alpha.wait_state(lambda s: s["frozen"], "frozen")
     for name in ("first", "waits for the first", "and the next"):
         requests.write(name)
+    requests.write("behind it", behind="first")  # one thread has not even read it
     alpha.wait_state(lambda s: s["in_flight"] >= 1, "it waits")
     with demoting(alpha):
         codes = requests.answered()
-    assert list(codes.values()) == [errno.ESHUTDOWN] * 3, codes
+    assert list(codes.values()) == [errno.ESHUTDOWN] * 4, codes
 
 
 def test_a_reply_on_its_way_arrives(make_pair: MakePair) -> None:
