@@ -34,18 +34,22 @@ EXIT_BROKEN: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What fio does. `span_bytes`: over how much of the device, from its start."""
+    """What fio does: `jobs` connections of `depth` each. `span_bytes`: over how much of the device,
+    from its start.
+    """
 
     name: str
     pattern: str
     block: str
     depth: int
     span_bytes: int
+    jobs: int = 1
 
 
 QUICK: Final = (
     Load("4k QD1", "randwrite", "4k", 1, HOT_BYTES),
     Load("4k QD16", "randwrite", "4k", 16, HOT_BYTES),
+    Load("4k 4*QD4", "randwrite", "4k", 4, HOT_BYTES, jobs=4),
     Load("1M QD4", "write", "1M", 4, HOT_BYTES),
     Load("4k QD16 cold", "randwrite", "4k", 16, DEVICE_BYTES),
 )
@@ -76,6 +80,7 @@ def fio(system: System, load: Load, run_ms: int | None) -> dict[str, Any]:
     output = system.run / "fio.json"
     arguments = [
         *("fio", "--name=bench", "--ioengine=nbd", f"--uri={system.uri}", "--thread"),
+        *(f"--numjobs={load.jobs}", "--group_reporting"),
         *(f"--rw={load.pattern}", f"--bs={load.block}", f"--iodepth={load.depth}"),
         *(f"--size={load.span_bytes}", "--output-format=json", f"--output={output}"),
     ]

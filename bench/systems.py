@@ -2,7 +2,9 @@
 
 Owns how each system is started on images of one size in one directory, which of its processes
 count, and that all of them end. It measures nothing. Nothing here may give one system what another
-lacks: same size of images, same number of nbdkit threads, each client comes over a Unix socket.
+lacks: same size of images, each client comes over a Unix socket. The mirror has as many threads for
+each connection as it gives itself, and so has the sketch, which shares its nbdkit and its Python;
+the systems in C have THREADS: nothing but their clients holds them back.
 """
 
 import contextlib
@@ -21,7 +23,7 @@ from typing import Any, Final, Self
 
 from nbdmirror.control_client import ControlClient
 from nbdmirror.errors import NbdMirrorError
-from nbdmirror.launcher import environment
+from nbdmirror.launcher import environment, threads
 
 HERE: Final = Path(__file__).resolve().parent
 THREADS: Final = 4
@@ -210,7 +212,8 @@ class Sketch(System):
         receiver = (sys.executable, HERE / "sketch" / "receiver.py", self.image("b.img"), port)
         remote = self.spawn("remote", receiver)
         wait_until("receiver", lambda: listens(port))
-        near = ("nbdkit", "-f", "-t", THREADS, "-U", self.socket, "python")
+        count = threads(0, shutil.which("nbdkit") or "nbdkit")
+        near = ("nbdkit", "-f", "-t", count, "-U", self.socket, "python")
         plugin = HERE / "sketch" / "sketch_plugin.py"
         local = self.spawn("local", (*near, plugin, f"file={self.image('a.img')}", f"port={port}"))
         self.processes = {"local": local, "remote": remote}
@@ -230,8 +233,6 @@ id = 2
 address = "127.0.0.1:{ports[1]}"
 data_dir = "{images}/b"
 run_dir = "{run}/b"
-[engine]
-threads = {threads}
 """
 
 
@@ -246,12 +247,8 @@ class Mirror(System):
         key = self.run / "key"
         key.touch(mode=0o600)
         key.write_bytes(secrets.token_bytes(32))
-        text = CONFIGURATION.format(
-            run=self.run,
-            images=self.images,
-            ports=(free_port(), free_port()),
-            threads=THREADS,
-        )
+        ports = (free_port(), free_port())
+        text = CONFIGURATION.format(run=self.run, images=self.images, ports=ports)
         self.configuration = self.run / "bench.toml"
         self.configuration.write_text(text, encoding="utf-8")
         self.create("a")
