@@ -51,6 +51,24 @@ def open_regular(path: Path, flags: int) -> int:
     return descriptor
 
 
+def remove_socket(path: Path) -> None:
+    """Remove the Unix socket that a dead process left at `path`; never anything else.
+
+    Raises:
+        RefusedError: something else has that name. OSError: the system refuses.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise RefusedError(
+            f"{path} is there and is no socket, so it is not removed: name another path, or move "
+            "it out of the way"
+        )
+    path.unlink(missing_ok=True)
+
+
 def write_all(descriptor: int, block: bytes | memoryview, offset: int) -> None:
     """pwrite until everything is written. Raises OSError."""
     view = memoryview(block)

@@ -23,6 +23,7 @@ from typing import Any, Final
 from nbdmirror.config import Address, Config
 from nbdmirror.control_client import ControlClient
 from nbdmirror.errors import ConfigError, NbdMirrorError, RefusedError, UnreachableError
+from nbdmirror.files import remove_socket
 
 LISTEN_FDS_START: Final = 3
 LISTEN_BACKLOG: Final = 64
@@ -55,8 +56,8 @@ def run(config: Config) -> int:
     finally:
         for each in sockets:
             each.close()
-        with contextlib.suppress(OSError):
-            config.export_unix.unlink()
+        with contextlib.suppress(OSError, RefusedError):
+            remove_socket(config.export_unix)
         os.close(lock)
 
 
@@ -78,12 +79,12 @@ def listening_sockets(config: Config) -> list[socket.socket]:
     dead.
 
     Raises:
-        ConfigError: the address cannot be had.
+        ConfigError: the address cannot be had. RefusedError: a file that is no socket has it.
     """
     sockets: list[socket.socket] = []
     path = config.export_unix
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
+    remove_socket(path)
     before = os.umask(0o177)
     try:
         sockets.append(bound(socket.AF_UNIX, str(path), f"export.unix = {path}"))
