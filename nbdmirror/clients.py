@@ -8,7 +8,6 @@ import contextlib
 import os
 import socket
 import stat
-from collections.abc import Iterator
 from typing import Any
 
 LISTEN_FDS_START = 3
@@ -27,18 +26,28 @@ def listening_addresses() -> list[Any]:
 def disconnect_clients(listening: list[Any], how: int) -> int:
     """Shut down every connection accepted on one of these addresses; returns how many.
 
-    One that nbdkit closes meanwhile is gone already. `how` as for shutdown(2). With SHUT_RD nbdkit
-    takes no further request, sends the replies that it still has, and closes; SHUT_RDWR cuts them
-    off.
+    `how` as for shutdown(2). With SHUT_RD nbdkit takes no further request, sends the replies that
+    it still has, and closes; SHUT_RDWR cuts them off.
     """
-    count = 0
-    for descriptor in _sockets():
-        with contextlib.suppress(OSError), _borrowed(descriptor) as sock:
-            accepts = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-            if not accepts and _is_of(sock, listening):
-                sock.shutdown(how)
-                count += 1
-    return count
+    return sum(shut(descriptor, listening, how) for descriptor in _sockets())
+
+
+def shut(descriptor: int, listening: list[Any], how: int) -> bool:
+    """Shut one connection down, if it was accepted on one of these addresses.
+
+    A client hangs up whenever it likes, so the descriptor may be closed by now, or be something
+    else: then nothing happens.
+    """
+    try:
+        with _borrowed(descriptor) as sock:
+            if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                return False
+            if not _is_of(sock, listening):
+                return False
+            sock.shutdown(how)
+            return True
+    except OSError:
+        return False
 
 
 def _is_of(sock: socket.socket, listening: list[Any]) -> bool:
@@ -54,16 +63,36 @@ def _is_of(sock: socket.socket, listening: list[Any]) -> bool:
 
 
 def _sockets() -> list[int]:
+    """Descriptors that are sockets; none where they cannot be listed (no descriptor is left)."""
     found: list[int] = []
-    for entry in os.listdir("/proc/self/fd"):  # noqa: PTH208 - names, not paths
+    try:
+        entries = os.listdir("/proc/self/fd")  # noqa: PTH208 - names, not paths
+    except OSError:
+        return found
+    for entry in entries:
         with contextlib.suppress(OSError):
             if stat.S_ISSOCK(os.fstat(int(entry)).st_mode):
                 found.append(int(entry))
     return found
 
 
-@contextlib.contextmanager
-def _borrowed(descriptor: int) -> Iterator[socket.socket]:
-    """A socket object over a descriptor that is not ours to close. OSError: it is closed."""
-    with socket.socket(fileno=os.dup(descriptor)) as sock:
-        yield sock
+class _borrowed:  # noqa: N801 - used like a function
+    """A socket object over a descriptor that is not ours to close.
+
+    Raises:
+        OSError: it is closed, or no socket any more.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        copy = os.dup(descriptor)
+        try:
+            self._socket = socket.socket(fileno=copy)
+        except OSError:
+            os.close(copy)
+            raise
+
+    def __enter__(self) -> socket.socket:
+        return self._socket
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()

@@ -62,6 +62,10 @@ class Commanded(Protocol):
         """Leave in order, if `guard` still allows it; blocks."""
         ...
 
+    def background_error(self, name: str, error: BaseException) -> None:
+        """Tell of an error that no caller can do anything about."""
+        ...
+
     def exit(self) -> None:
         """End the process."""
         ...
@@ -123,7 +127,7 @@ class ControlServer:
             writer.close()
 
     async def _answer(self, number: int, line: bytes, writer: asyncio.StreamWriter) -> bool:
-        """Answer one request; False ends the connection."""
+        """Answer one request; False ends the connection. No error is left without an answer."""
         request_id: Any = None
         command = ""
         try:
@@ -131,18 +135,27 @@ class ControlServer:
             request_id = request.get("id")
             command = request["command"]
             if command == "events":
-                await self._events(request, writer)
+                try:
+                    await self._events(request, writer)
+                except ConnectionError:
+                    return False
                 return True
             reply = {"id": request_id, "ok": await self._run(number, request)}
         except NbdMirrorError as error:
             kind = type(error).__name__
-            body = {"kind": kind, "reason": str(error), "remedy": "", "exit_code": error.exit_code}
+            reply = {"id": request_id, "error": described(kind, str(error), error.exit_code)}
+        except Exception as error:  # noqa: BLE001 - the asker waits, whatever it was
+            self._engine.background_error(f"command {command}", error)
+            reason = f"{command}: an error inside the engine: {type(error).__name__}: {error}"
+            body = described("NbdMirrorError", reason, NbdMirrorError.exit_code)
             reply = {"id": request_id, "error": body}
+        finally:
+            if command == "stop" and self._engine.node.stopping:
+                # Also after an error on the way, or without anybody to answer: a node that is
+                # stopping serves nobody any more.
+                asyncio.get_running_loop().call_later(EXIT_AFTER_REPLY_S, self._engine.exit)
         writer.write(json.dumps(reply).encode() + b"\n")
         await writer.drain()
-        if command == "stop" and self._engine.node.stopping:
-            # Also after an error on the way: a node that is stopping serves nobody any more.
-            asyncio.get_running_loop().call_later(EXIT_AFTER_REPLY_S, self._engine.exit)
         return True
 
     async def _run(self, number: int, request: dict[str, Any]) -> dict[str, Any]:
@@ -313,6 +326,11 @@ def may_command(writer: asyncio.StreamWriter) -> bool:
         _, uid, _ = PEERCRED.unpack(credentials)
         return uid in (0, os.geteuid())
     return False
+
+
+def described(kind: str, reason: str, exit_code: int) -> dict[str, Any]:
+    """The `error` member of an answer."""
+    return {"kind": kind, "reason": reason, "remedy": "", "exit_code": exit_code}
 
 
 def parse(line: bytes) -> dict[str, Any]:

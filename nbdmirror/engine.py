@@ -387,9 +387,14 @@ class Engine:
         self.loop.call_soon_threadsafe(self.peering.hurry)
 
     def demote(self, guard: Guard) -> None:
-        """Stop serving, then disconnect every client and wait until they are gone."""
+        """Stop serving, then disconnect every client and wait until they are gone.
+
+        If some do not go, an event says so: they hear ESHUTDOWN to whatever they ask, and the clock
+        goes on shutting them out.
+        """
         self.driver.drive(guard(roles.demote(self.node)))
-        self.disconnect()
+        if not self.disconnect():
+            self.events.emit("clients-stay", clients=self.handles)
 
     def disconnect(self) -> bool:
         """Shut every client's socket down; True when all handles are closed in time.
@@ -401,10 +406,13 @@ class Engine:
             (socket.SHUT_RD, REPLIES_LEAVE_S),
             (socket.SHUT_RDWR, CLIENTS_GONE_S),
         ):
-            disconnect_clients(self._clients_at, how)
-            with self.handles_gone:
-                if self.handles_gone.wait_for(lambda: self.handles == 0, bound_s):
-                    return True
+            until_s = time.monotonic() + bound_s
+            while (left_s := until_s - time.monotonic()) > 0:
+                # Again and again: one that was just being opened is not in the first look.
+                disconnect_clients(self._clients_at, how)
+                with self.handles_gone:
+                    if self.handles_gone.wait_for(lambda: self.handles == 0, min(TICK_S, left_s)):
+                        return True
         return False
 
     def stop(self, guard: Guard) -> None:
