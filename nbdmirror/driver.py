@@ -94,18 +94,39 @@ class Pool:
         self._condition = threading.Condition(allocate_lock())
         self._idle_count = 0
         self._thread_count = 0
+        self._starved = False
 
     def submit(self, name: str, job: Callable[[], Any]) -> None:
         """Run `job` on another thread; what it raises is reported, never lost."""
         with self._condition:
             self._jobs.append((name, job))
+        self.hurry()
+
+    def hurry(self) -> None:
+        """See to it that somebody takes what is queued; the clock asks again and again.
+
+        Where the system has no thread to give, the queue waits for a worker, or for the next call.
+        """
+        with self._condition:
+            if not self._jobs:
+                return
             if self._idle_count >= len(self._jobs):
                 self._condition.notify()
                 return
             if self._thread_count >= THREADS_MAX:
                 return
             self._thread_count += 1
-        threading.Thread(target=self._run, name="nbdmirror-worker", daemon=True).start()
+        try:
+            threading.Thread(target=self._run, name="nbdmirror-worker", daemon=True).start()
+        except RuntimeError as error:
+            with self._condition:
+                self._thread_count -= 1
+                is_news = not self._starved
+                self._starved = True
+            if is_news:
+                self._report("workers", NbdMirrorError(f"{error}; jobs wait until it can"))
+        else:
+            self._starved = False
 
     def _run(self) -> None:
         while True:
@@ -201,7 +222,8 @@ def report_to_stderr(name: str, error: BaseException) -> None:
     """The last resort for an error that no path handles: one line, and the traceback if it is
     ours.
     """
-    sys.stderr.write(f"nbdmirror: {name}: {type(error).__name__}: {error}\n")
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"nbdmirror: {name}: {type(error).__name__}: {error}\n")
     if not isinstance(error, NbdMirrorError):
         with contextlib.suppress(OSError):
             traceback.print_exception(error, file=sys.stderr)

@@ -41,7 +41,13 @@ from nbdmirror.driver import (
     ThreadWaiter,
     report_to_stderr,
 )
-from nbdmirror.errors import ConfigError, MetadataError, PeerProtocolError, StoreError
+from nbdmirror.errors import (
+    ConfigError,
+    MetadataError,
+    NbdMirrorError,
+    PeerProtocolError,
+    StoreError,
+)
 from nbdmirror.events import EventLog
 from nbdmirror.link import TcpLink
 from nbdmirror.metastore import FileMetaStore
@@ -77,6 +83,7 @@ class Engine:
         self._ready: list[Callable[[], None]] = []
         self._loop_thread = 0
         self._started = threading.Event()
+        self._start_error: BaseException | None = None
         self._clients_at: list[Any] = []
         self._looks = 0
         self._main_task: asyncio.Task[None]
@@ -88,7 +95,7 @@ class Engine:
 
         Raises:
             RefusedError: another engine has the metadata. MetadataError: it cannot be trusted.
-            StoreError: it cannot be written.
+            StoreError: it cannot be written. ConfigError: the control socket cannot be made.
         """
         if not crcmod_is_compiled():
             raise ConfigError("crcmod has no C extension; install it where a compiler is")
@@ -104,6 +111,8 @@ class Engine:
         thread = threading.Thread(target=self._run_loop, name="nbdmirror-loop", daemon=True)
         thread.start()
         self._started.wait()
+        if self._start_error is not None:
+            raise self._start_error
 
     def _open_files(self) -> Opened:
         meta = FileMetaStore.open(self.config.metadata_file)
@@ -158,7 +167,23 @@ class Engine:
         self.loop = uvloop.new_event_loop()
         asyncio.set_event_loop(self.loop)
         self._main_task = self.loop.create_task(self._main())
+        self._main_task.add_done_callback(self._main_ended)
         self.loop.run_forever()
+
+    def _main_ended(self, task: "asyncio.Task[None]") -> None:
+        """The clock never ends by itself, and nothing is left to an engine without one.
+
+        It would go on to serve without deadlines and echoes; its peer can take over from a dead one
+        only. Before the start is done, whoever starts it is told instead.
+        """
+        error = None if task.cancelled() else task.exception()
+        error = error or NbdMirrorError("it was cancelled")
+        if not self._started.is_set():
+            self._start_error = error
+            self._started.set()
+            return
+        report_to_stderr("fatal: the clock ended, and so does the engine", error)
+        os._exit(NbdMirrorError.exit_code)
 
     async def _main(self) -> None:
         sb = self.node.sb
@@ -189,6 +214,7 @@ class Engine:
                 upkeep.tick(time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000)
             self._run_ready()
             self._shut_out()
+            self.pool.hurry()
             await asyncio.sleep(TICK_S)
 
     def _shut_out(self) -> None:
