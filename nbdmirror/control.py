@@ -27,6 +27,7 @@ from nbdmirror.core.node import Node, Role
 from nbdmirror.driver import Driver, Pool
 from nbdmirror.errors import NbdMirrorError, RefusedError, StaleCommandError
 from nbdmirror.events import EventLog
+from nbdmirror.files import path_error, remove_socket, require_socket_path
 from nbdmirror.limits import COMMAND_TIMEOUT_MS
 
 LINE_BYTES_MAX: Final = 1024 * 1024
@@ -96,16 +97,26 @@ class ControlServer:
         }
 
     async def start(self, path: Path) -> None:
-        """Listen. The metadata lock is held, so a socket that is there is a dead engine's."""
-        path.unlink(missing_ok=True)  # noqa: ASYNC240 - once, before anybody is served
-        before = os.umask(0o177)
+        """Listen. The metadata lock is held, so a socket that is there is a dead engine's.
+
+        Raises:
+            RefusedError: what is there is no socket. ConfigError, OutOfSpaceError: it cannot be
+            made.
+        """
+        require_socket_path(path)
         try:
-            self._server = await asyncio.start_unix_server(
-                self._serve, path=str(path), limit=LINE_BYTES_MAX
-            )
-        finally:
-            os.umask(before)
-        path.chmod(SOCKET_MODE)  # noqa: ASYNC240 - once
+            remove_socket(path)
+            before = os.umask(0o177)
+            try:
+                self._server = await asyncio.start_unix_server(
+                    self._serve, path=str(path), limit=LINE_BYTES_MAX
+                )
+            finally:
+                os.umask(before)
+            path.chmod(SOCKET_MODE)  # noqa: ASYNC240 - once, before anybody is served
+        except OSError as error:
+            remedy = "the engine needs a directory where it may make its control socket"
+            raise path_error(error, str(path), remedy) from error
         assert self._server.is_serving()
 
     # --- connections ----------------------------------------------------------------------------

@@ -11,9 +11,11 @@ import stat
 from pathlib import Path
 from typing import Final
 
-from nbdmirror.errors import OutOfSpaceError, RefusedError, StoreError
+from nbdmirror.errors import ConfigError, NbdMirrorError, OutOfSpaceError, RefusedError, StoreError
 
 FILE_MODE: Final = 0o600
+# sun_path of unix(7) has 108 bytes with the closing zero.
+SOCKET_PATH_BYTES_MAX: Final = 107
 SPACE_ERRNOS: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -21,6 +23,27 @@ def store_error(error: OSError, where: str) -> StoreError:
     """The project's error for an OSError: OutOfSpaceError for a full disk or quota."""
     number = error.errno or errno.EIO
     return (OutOfSpaceError if number in SPACE_ERRNOS else StoreError)(number, where)
+
+
+def path_error(error: OSError, what: str, remedy: str) -> NbdMirrorError:
+    """The project's error for a place that the configuration names and that does not serve."""
+    if error.errno in SPACE_ERRNOS:
+        return store_error(error, f"{what} (no room there)")
+    return ConfigError(f"{what}: {error.strerror or error}; {remedy}")
+
+
+def require_socket_path(path: Path) -> None:
+    """Whether a Unix socket can have that path.
+
+    Raises:
+        ConfigError: it is too long.
+    """
+    count = len(os.fsencode(path))
+    if count > SOCKET_PATH_BYTES_MAX:
+        raise ConfigError(
+            f"{path} has {count} bytes; the path of a socket has at most {SOCKET_PATH_BYTES_MAX}: "
+            "name a shorter directory"
+        )
 
 
 def open_regular(path: Path, flags: int) -> int:

@@ -23,7 +23,7 @@ from typing import Any, Final
 from nbdmirror.config import Address, Config
 from nbdmirror.control_client import ControlClient
 from nbdmirror.errors import ConfigError, NbdMirrorError, RefusedError, UnreachableError
-from nbdmirror.files import remove_socket
+from nbdmirror.files import path_error, remove_socket, require_socket_path
 
 LISTEN_FDS_START: Final = 3
 LISTEN_BACKLOG: Final = 64
@@ -44,10 +44,12 @@ def run(config: Config) -> int:
 
     Raises:
         RefusedError: another launcher serves this mirror here. ConfigError: nbdkit or plugin
-        missing.
+        missing, or a place that the configuration names does not serve.
     """
     run_dir = config.me.run_dir
-    run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for path in (config.control_socket, config.export_unix):
+        require_socket_path(path)
+    make_directory(run_dir, "run_dir")
     lock = take_lock(run_dir / "launcher.lock")
     sockets = listening_sockets(config)
     try:
@@ -61,16 +63,40 @@ def run(config: Config) -> int:
         os.close(lock)
 
 
+def make_directory(path: Path, key: str) -> None:
+    """The directory that a key of the configuration names.
+
+    Raises:
+        ConfigError, OutOfSpaceError: it cannot be had.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        remedy = "it has to be a directory that this user may write to"
+        raise path_error(error, f"{key} = {path}", remedy) from error
+
+
 def take_lock(path: Path) -> int:
-    """One launcher per mirror and node; returns the descriptor that holds the lock."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    """One launcher per mirror and node; returns the descriptor that holds the lock.
+
+    Raises:
+        RefusedError: another one has it. ConfigError, OutOfSpaceError: it cannot be had.
+    """
+    remedy = "it has to be a plain file of the launcher's own; remove what is there"
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise path_error(error, str(path), remedy) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(descriptor)
         raise RefusedError(
             f"{path}: another engine of this mirror runs on this node; stop it first"
         ) from None
+    except OSError as error:
+        os.close(descriptor)
+        raise path_error(error, str(path), remedy) from error
     return descriptor
 
 
@@ -83,8 +109,12 @@ def listening_sockets(config: Config) -> list[socket.socket]:
     """
     sockets: list[socket.socket] = []
     path = config.export_unix
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    remove_socket(path)
+    make_directory(path.parent, "the directory of export.unix")
+    try:
+        remove_socket(path)
+    except OSError as error:
+        remedy = "this user has to own what is there"
+        raise path_error(error, f"export.unix = {path}", remedy) from error
     before = os.umask(0o177)
     try:
         sockets.append(bound(socket.AF_UNIX, str(path), f"export.unix = {path}"))
@@ -111,7 +141,7 @@ def bound(family: int, address: Any, what: str) -> socket.socket:
         made.listen(LISTEN_BACKLOG)
     except OSError as error:
         made.close()
-        raise ConfigError(f"{what}: {error.strerror}") from error
+        raise path_error(error, what, "name an address that is free here") from error
     return made
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import nbdkit
 
 from nbdmirror.config import load
+from nbdmirror.driver import report_to_stderr
 from nbdmirror.engine import FUA, MAY_TRIM, Engine
 from nbdmirror.errors import NbdMirrorError
 from nbdmirror.limits import NBD_REQUEST_BYTES_MAX
@@ -74,6 +75,9 @@ def after_fork() -> None:
         sys.stderr.write(f"nbdmirror: {error}\n")
         sys.stderr.flush()
         os._exit(error.exit_code)
+    except Exception as error:  # noqa: BLE001 - an engine that is half there must not stay
+        report_to_stderr("start", error)
+        os._exit(NbdMirrorError.exit_code)
     _engine = engine
 
 
