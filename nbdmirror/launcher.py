@@ -1,9 +1,9 @@
 """Starts one engine and stays beside it, until there is a controller that does more.
 
 Owns the listening NBD sockets (made here with their modes, passed to nbdkit by socket activation,
-so they outlive the engine), the engine's environment, its orderly end on SIGTERM, and one answer:
-where the configuration says `on_freeze = "alone"`, it answers a freeze so. It decides nothing
-else.
+so they outlive the engine), the engine's environment, its orderly end on SIGTERM, SIGINT and
+SIGHUP, and one answer: where the configuration says `on_freeze = "alone"`, it answers a
+freeze so. It decides nothing else.
 """
 
 import contextlib
@@ -51,6 +51,7 @@ def run(config: Config) -> int:
         require_socket_path(path)
     make_directory(run_dir, "run_dir")
     lock = take_lock(run_dir / "launcher.lock")
+    require_no_engine(config.control_socket)
     sockets = listening_sockets(config)
     try:
         pid = start(config, sockets)
@@ -98,6 +99,26 @@ def take_lock(path: Path) -> int:
         os.close(descriptor)
         raise path_error(error, str(path), remedy) from error
     return descriptor
+
+
+def require_no_engine(path: Path) -> None:
+    """An engine that hangs outlives a launcher that was killed; its sockets stay its own.
+
+    Raises:
+        RefusedError: one listens at `path`.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
+        probe.setblocking(False)
+        # A full backlog is a listener, too.
+        try:
+            probe.connect(str(path))
+        except BlockingIOError:
+            pass
+        except OSError:
+            return
+    raise RefusedError(
+        f"{path}: an engine whose launcher was killed still has this mirror; wait for its end"
+    )
 
 
 def listening_sockets(config: Config) -> list[socket.socket]:
@@ -235,6 +256,9 @@ def start(config: Config, sockets: list[socket.socket]) -> int:
     if pid:
         return pid
     try:
+        # What the terminal or the service manager sends to the launcher's group is the launcher's
+        # to answer: it stops the engine in order. nbdkit by itself would only end.
+        os.setsid()
         # First away from the low numbers, then to their places.
         high = [fcntl.fcntl(each.fileno(), fcntl.F_DUPFD_CLOEXEC, 64) for each in sockets]
         for index, descriptor in enumerate(high):
@@ -262,7 +286,7 @@ class Watcher:
 
     def watch(self) -> int:
         """Until the engine is dead; returns its exit code (128 + signal if one ended it)."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._note)
         signal.set_wakeup_fd(self._signals_write)
         while True:
