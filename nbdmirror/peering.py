@@ -10,16 +10,22 @@ import contextlib
 import os
 import socket
 from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TypeAlias
 
 from nbdmirror.core.channel import Channel
 from nbdmirror.core.handshake import Handshake, Identity
 from nbdmirror.errors import PeerProtocolError
 from nbdmirror.limits import HANDSHAKE_TIMEOUT_MS, RECONNECT_MS_MAX, RECONNECT_MS_MIN
-from nbdmirror.link import abort, tune
+from nbdmirror.link import abort, enlarge, tune
 
 UNPROVEN_MAX = 16
 NONCE_BYTES = 32
 LISTEN_BACKLOG = 32
+
+
+# Connections that have not proven themselves, oldest first, and whether they said a valid HELLO.
+Places: TypeAlias = dict["asyncio.Task[None]", bool]
 
 
 class Peering:
@@ -43,7 +49,7 @@ class Peering:
         self._peer = peer
         self._contact = contact
         self._note = note
-        self._unproven = {True: 0, False: 0}
+        self._unproven: dict[bool, Places] = {True: {}, False: {}}
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -92,10 +98,11 @@ class Peering:
             loop = asyncio.get_running_loop()
             async with asyncio.timeout(HANDSHAKE_TIMEOUT_MS / 1000):
                 await loop.sock_connect(connection, (host, port))
-                channel = await self._prove(connection, dialer=True)
+                channel = await self._prove(connection, lambda: None, dialer=True)
         except BaseException:
             abort(connection)
             raise
+        enlarge(connection)
         await self._contact(connection, channel)
 
     # --- listening --------------------------------------------------------------------------
@@ -112,13 +119,32 @@ class Peering:
                 continue
             # The peer's own address has places that strangers cannot take.
             stranger = address[0] != self._peer[0]
-            if self._unproven[stranger] >= UNPROVEN_MAX:
-                abort(connection)
-                continue
-            self._unproven[stranger] += 1
-            task = loop.create_task(self._accepted(connection, stranger=stranger))
+            self._make_room(self._unproven[stranger])
+            task = loop.create_task(self._accepted(connection, self._unproven[stranger]))
+            self._unproven[stranger][task] = False
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(partial(self._task_ended, connection))
+            # A flood leaves the accepted ones their turn: they speak at once, if they are the peer.
+            await asyncio.sleep(0)
+
+    @staticmethod
+    def _make_room(places: Places) -> None:
+        """The newest comer has a place: the oldest that never said a valid HELLO gives it up.
+
+        Anybody on the peer's host connects from the peer's address. The peer says HELLO at once and
+        proves itself within a round trip, so what stays is not the peer.
+        """
+        if len(places) >= UNPROVEN_MAX:
+            silent = (task for task, greeted in places.items() if not greeted)
+            oldest = next(silent, next(iter(places)))
+            del places[oldest]
+            oldest.cancel()
+
+    def _task_ended(self, connection: socket.socket, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if task.cancelled():
+            # Perhaps before its first step.
+            abort(connection)
 
     async def _listening(self) -> socket.socket:
         """The listening socket, as soon as it can be had: at boot the address may come later."""
@@ -144,14 +170,21 @@ class Peering:
             raise
         return listener
 
-    async def _accepted(self, connection: socket.socket, *, stranger: bool) -> None:
+    async def _accepted(self, connection: socket.socket, places: Places) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+
+        def greeted() -> None:
+            if task in places:
+                places[task] = True
+
         try:
             try:
                 tune(connection)
                 async with asyncio.timeout(HANDSHAKE_TIMEOUT_MS / 1000):
-                    channel = await self._prove(connection, dialer=False)
+                    channel = await self._prove(connection, greeted, dialer=False)
             finally:
-                self._unproven[stranger] -= 1
+                places.pop(task, None)
         except (OSError, PeerProtocolError, TimeoutError) as error:
             self._note(str(error) or type(error).__name__)
             abort(connection)
@@ -159,12 +192,15 @@ class Peering:
         except BaseException:
             abort(connection)
             raise
+        enlarge(connection)
         await self._contact(connection, channel)
 
     # --- both -------------------------------------------------------------------------------
 
-    async def _prove(self, connection: socket.socket, *, dialer: bool) -> Channel:
-        """Run the handshake.
+    async def _prove(
+        self, connection: socket.socket, greeted: Callable[[], None], *, dialer: bool
+    ) -> Channel:
+        """Run the handshake; `greeted` is told when the other end has said something valid.
 
         Raises:
             PeerProtocolError: refused, by either side; the refusal was sent.
@@ -177,7 +213,9 @@ class Peering:
                 count = await loop.sock_recv_into(connection, channel.buffer_for_read())
                 require_bytes(count)
                 channel.received(count)
-                await loop.sock_sendall(connection, channel.take_outgoing())
+                if outgoing := channel.take_outgoing():
+                    greeted()
+                await loop.sock_sendall(connection, outgoing)
         except PeerProtocolError:
             with contextlib.suppress(OSError):
                 await loop.sock_sendall(connection, channel.refusal)

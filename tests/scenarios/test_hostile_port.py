@@ -4,6 +4,8 @@ import contextlib
 import os
 import random
 import socket
+import threading
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,51 @@ def test_idle_connections_do_not_keep_the_peer_out(proxied: tuple[Pair, Proxy]) 
     pair.synced()
     descriptors = len(list(Path(f"/proc/{beta.pid}/fd").iterdir()))
     assert descriptors < 64, "connections that never proved themselves are given back"
+    pair.stop()
+    pair.assert_equal()
+
+
+class Flood:
+    """Connections from an address, again and again, that stay and say nothing."""
+
+    def __init__(self, source: str, address: tuple[str, int]) -> None:
+        self._ended = threading.Event()
+        self.full = threading.Event()
+        self._source = source
+        self._address = address
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        held: deque[socket.socket] = deque()
+        while not self._ended.is_set():
+            with contextlib.suppress(OSError):
+                held.append(socket.create_connection(self._address, 10, (self._source, 0)))
+            if len(held) >= 64:
+                self.full.set()
+                held.popleft().close()
+        for connection in held:
+            connection.close()
+
+    def end(self) -> None:
+        """None is left."""
+        self._ended.set()
+        self._thread.join()
+
+
+def test_idle_connections_from_the_peers_host_do_not_keep_it_out(make_pair: MakePair) -> None:
+    """Breaks in the field: a user without rights on the peer's server stops the mirror for ever."""
+    pair = make_pair().create()
+    alpha, beta = pair.both
+    beta.start()
+    flood = Flood(pair.hosts["alpha"], (pair.hosts["beta"], PEER_PORT))
+    try:
+        assert flood.full.wait(60)
+        alpha.start()
+        alpha.command("promote")
+        pair.synced()
+    finally:
+        flood.end()
     pair.stop()
     pair.assert_equal()
 
