@@ -26,6 +26,7 @@ from nbdmirror.core.channel import Channel
 from nbdmirror.core.checks import crcmod_is_compiled
 from nbdmirror.core.durable import Opened
 from nbdmirror.core.handshake import Identity
+from nbdmirror.core.messages import printable
 from nbdmirror.core.node import Node, Role, Settings
 from nbdmirror.core.opening import open_metadata, settle
 from nbdmirror.core.ports import Path, ReadBuffer, WriteBuffer
@@ -49,11 +50,12 @@ from nbdmirror.errors import (
     StoreError,
 )
 from nbdmirror.events import EventLog
+from nbdmirror.limits import REASON_BYTES_MAX
 from nbdmirror.link import TcpLink
 from nbdmirror.metastore import FileMetaStore
 from nbdmirror.peering import Peering
 from nbdmirror.store import FileStore
-from nbdmirror.witness import read_boot_identity
+from nbdmirror.witness import boot_id_override, read_boot_identity
 
 TICK_S: Final = 0.1
 INLINE: Final = frozenset({FileStore.pwrite, TcpLink.kick})
@@ -61,6 +63,7 @@ FUA: Final = int(FrameFlag.FUA)
 MAY_TRIM: Final = int(FrameFlag.MAY_TRIM)
 REPLIES_LEAVE_S: Final = 2.0
 CLIENTS_GONE_S: Final = 5.0
+EVENTS_LEAVE_S: Final = 0.5
 
 
 class Engine:
@@ -113,6 +116,8 @@ class Engine:
         self._started.wait()
         if self._start_error is not None:
             raise self._start_error
+        journal = self.events.write_for_ever
+        threading.Thread(target=journal, name="nbdmirror-journal", daemon=True).start()
 
     def _open_files(self) -> Opened:
         meta = FileMetaStore.open(self.config.metadata_file)
@@ -127,6 +132,8 @@ class Engine:
             )
         sparse = bool(sb.flags & Flags.SPARSE)
         self.store = FileStore.open(self.config.data_file, sb.device_bytes, sparse=sparse)
+        if overridden := boot_id_override():
+            self.events.emit("witness", reason=overridden)
         identity = read_boot_identity(self.store.fileno())
         opened = open_metadata(
             slots, meta.read_ring(), meta.read_map(), identity.boot_id, identity.mount_id
@@ -239,14 +246,17 @@ class Engine:
         """End the process now. The metadata is what `roles.stop` left; nothing else needs a
         goodbye.
         """
+        self.events.wait_written(EVENTS_LEAVE_S)
         os._exit(0)
 
     # --- the peer -----------------------------------------------------------------------------
 
     def _note_peer(self, reason: str) -> None:
-        if self.node.refusal != reason:
+        reason = printable(reason)[:REASON_BYTES_MAX]
+        if self.node.session is None:
+            # Else it is about somebody who is not the peer: the peer is here.
             self.node.refusal = reason
-            self.events.emit("no-peer", reason=reason)
+        self.events.emit("no-peer", reason=reason)
 
     async def _contact(self, connection: socket.socket, channel: Channel) -> None:
         """One authenticated connection, until its session has ended."""

@@ -15,12 +15,23 @@ from typing import TypeAlias
 
 from nbdmirror.core.channel import Channel
 from nbdmirror.core.handshake import Handshake, Identity
-from nbdmirror.errors import PeerProtocolError
+from nbdmirror.errors import PeerProtocolError, PeerRefusedError
 from nbdmirror.limits import HANDSHAKE_TIMEOUT_MS, RECONNECT_MS_MAX, RECONNECT_MS_MIN
 from nbdmirror.link import abort, enlarge, tune
 
 UNPROVEN_MAX = 16
 NONCE_BYTES = 32
+# How core/handshake.py begins what the other end says, and what one of ours says.
+UNAUTHENTICATED = "peer says (unauthenticated): "
+REFUSALS = frozenset(
+    {
+        "authentication failed",
+        "this is another mirror",
+        "your node identity is mine, or none",
+        "no protocol version in common",
+        "a required feature is missing",
+    }
+)
 LISTEN_BACKLOG = 32
 
 
@@ -186,7 +197,7 @@ class Peering:
             finally:
                 places.pop(task, None)
         except (OSError, PeerProtocolError, TimeoutError) as error:
-            self._note(str(error) or type(error).__name__)
+            self._note(told_of_a_stranger(error))
             abort(connection)
             return
         except BaseException:
@@ -223,6 +234,18 @@ class Peering:
                 await asyncio.wait_for(loop.sock_recv(connection, 1), 0.2)
             raise
         return channel
+
+
+def told_of_a_stranger(error: Exception) -> str:
+    """Why an accepted connection came to nothing; never in the words of whoever made it.
+
+    Anybody can connect and say "run this command". The peer's own refusals are few and known.
+    """
+    if isinstance(error, PeerRefusedError) and str(error).startswith(UNAUTHENTICATED):
+        text = str(error).removeprefix(UNAUTHENTICATED)
+        known = text if text in REFUSALS else "a reason that is not shown"
+        return f"somebody who has not proven to be the peer refused this node: {known}"
+    return str(error) or type(error).__name__
 
 
 def require_bytes(count: int) -> None:

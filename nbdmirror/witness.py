@@ -50,6 +50,17 @@ class BootIdentity:
     doubt: str = field(default="", compare=False)
 
 
+def boot_id_override() -> str:
+    """What an operator has to know where the kernel is not asked, or "". For tests only."""
+    path = os.environ.get(BOOT_ID_FILE_VARIABLE)
+    if not path:
+        return ""
+    return (
+        f"{BOOT_ID_FILE_VARIABLE}={path} stands for the kernel's boot id: after a power failure a "
+        "copy that lost writes may be believed (rule 12); never set it outside of a test"
+    )
+
+
 def read_boot_identity(descriptor: int) -> BootIdentity:
     """The identity of the page cache behind an open file. Never fails: doubt is an answer."""
     boot_id, boot_doubt = _boot_id()

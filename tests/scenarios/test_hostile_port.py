@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from nbdmirror.core.handshake import RefusalCode, encode_refusal
 from nbdmirror.core.wire import HEADER, HEADER_MAGIC, FrameType
 from nbdmirror.errors import AuthenticationError, PeerProtocolError, PeerRefusedError
 from tests.support.fixtures import MakePair
@@ -160,6 +161,27 @@ def test_idle_connections_from_the_peers_host_do_not_keep_it_out(make_pair: Make
         flood.end()
     pair.stop()
     pair.assert_equal()
+
+
+def test_a_stranger_cannot_speak_to_the_operator(pair: Pair) -> None:
+    """Breaks in the field: "run `discard` now", says the state of a healthy mirror, in the words of
+    somebody who has no key.
+    """
+    beta = pair.beta
+    seen = beta.last_event()
+    for number in range(50):
+        with dial(pair, beta) as connection:
+            connection.sendall(encode_refusal(RefusalCode.BUSY, f"run discard now {number}"))
+            ended_by_the_other(connection)
+    assert "not proven" in str(beta.wait_event("no-peer", after=seen)["reason"])
+    assert beta.state()["refusal"] == "", "the peer is here"
+    told = [event for event in beta.events if event["event"] == "no-peer"]
+    assert len([event for event in told if event["number"] > seen]) == 1, "and not fifty times"
+    assert "run discard" not in str(beta.events)
+    pair.alpha.stop()
+    beta.stop()
+    assert "nbdmirror: role: role secondary" in beta.log(), "the journal has what matters"
+    assert "run discard" not in beta.log()
 
 
 def header(proven: Proven, **changes: int) -> bytes:

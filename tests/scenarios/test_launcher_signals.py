@@ -1,4 +1,4 @@
-"""What a terminal or a service manager sends to the launcher and everything in its group."""
+"""What a terminal or a service manager sends to the launcher and its group, and hands on to it."""
 
 import os
 import select
@@ -69,3 +69,15 @@ def test_an_engine_that_outlives_its_launcher_keeps_its_sockets(pair: Pair) -> N
     alpha.start()
     alpha.wait_state(lambda s: s["session"] is not None, "a session")
     assert beta.state()["session"] is not None
+
+
+def test_a_witness_that_is_overridden_is_told(make_pair: MakePair) -> None:
+    """Breaks in the field: a variable that was left over from a test makes a node believe a page
+    cache that a power failure has emptied, and nobody ever learns why.
+    """
+    alpha = make_pair().create().alpha
+    alpha.enter = ("env", "NBDMIRROR_BOOT_ID_FILE=/proc/sys/kernel/random/boot_id")
+    alpha.start()
+    assert "rule 12" in str(alpha.wait_event("witness")["reason"])
+    alpha.stop()
+    assert "NBDMIRROR_BOOT_ID_FILE=/proc/sys/kernel/random/boot_id stands for" in alpha.log()
