@@ -32,6 +32,8 @@ from nbdmirror.limits import COMMAND_TIMEOUT_MS
 
 LINE_BYTES_MAX: Final = 1024 * 1024
 CONNECTIONS_MAX: Final = 64
+CROWDED_MAX: Final = 64
+CROWDED_S: Final = 5.0
 EVENT_POLL_S: Final = 0.05
 EXIT_AFTER_REPLY_S: Final = 0.05
 PEERCRED = struct.Struct("3i")
@@ -126,16 +128,21 @@ class ControlServer:
         number = self._numbers
         self._connections += 1
         try:
-            if self._connections > CONNECTIONS_MAX or not may_command(writer):
+            if self._connections > CONNECTIONS_MAX + CROWDED_MAX or not may_command(writer):
                 return
-            while line := await reader.readline():
+            # Whoever comes when it is crowded may command, and does not stay.
+            idle_s = CROWDED_S if self._crowded() else None
+            while line := await asyncio.wait_for(reader.readline(), idle_s):
                 if not await self._answer(number, line, writer):
                     return
-        except (ConnectionError, ValueError, asyncio.IncompleteReadError):
+        except (ConnectionError, TimeoutError, ValueError, asyncio.IncompleteReadError):
             pass
         finally:
             self._connections -= 1
             writer.close()
+
+    def _crowded(self) -> bool:
+        return self._connections > CONNECTIONS_MAX
 
     async def _answer(self, number: int, line: bytes, writer: asyncio.StreamWriter) -> bool:
         """Answer one request; False ends the connection. No error is left without an answer."""
@@ -223,7 +230,11 @@ class ControlServer:
         false).
         """
         args = request.get("args") or {}
-        number = int(args.get("since", 0))
+        number = args.get("since", 0)
+        if not isinstance(number, int):
+            raise RefusedError("events: since has to be the number of an event")
+        if self._crowded():
+            raise RefusedError(f"events: more than {CONNECTIONS_MAX} connections; end some of them")
         follow = bool(args.get("follow", True))
         while True:
             for event in self._engine.events.since(number):

@@ -1,5 +1,6 @@
 """The control socket: who may command, and which commands are too late."""
 
+import contextlib
 import json
 import os
 import socket
@@ -120,6 +121,30 @@ def test_only_root_and_its_own_user_may_ask(pair: Pair, require_root: None) -> N
     )
     said = done.stdout + done.stderr
     assert done.stdout.strip() == "0" or "ConnectionReset" in said or "BrokenPipe" in said, said
+
+
+@pytest.mark.parametrize("since", ["[]", "1e400", '"x"', "null", "{}"])
+def test_a_bad_since_is_answered(pair: Pair, since: str) -> None:
+    """Breaks in the field: a reader of events with a slip hears nothing and waits."""
+    request = '{"id": 4, "command": "events", "args": {"since": ' + since + "}}\n"
+    with raw(pair.alpha) as connection:
+        answer = ask(connection, request.encode())
+    assert "since" in answer["error"]["reason"]
+    assert answer["id"] == 4
+
+
+def test_idle_connections_do_not_keep_commands_out(pair: Pair) -> None:
+    """Breaks in the field: a monitoring that leaks connections, and the node cannot be stopped."""
+    alpha = pair.alpha
+    with contextlib.ExitStack() as stack:
+        for _ in range(80):
+            idle = stack.enter_context(raw(alpha))
+        with alpha.client() as client, pytest.raises(RefusedError, match="more than 64"):
+            next(client.events())
+        idle.settimeout(60)
+        assert ask(idle, b"") == {}, "those beyond the bound do not stay"
+        assert alpha.command("demote")["role"] != "primary"
+        alpha.stop()
 
 
 def test_many_readers_do_not_keep_commands_out(pair: Pair) -> None:
