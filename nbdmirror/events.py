@@ -20,6 +20,8 @@ from typing import Any, Final
 EVENTS_KEPT_MAX: Final = 4096
 # Kinds that are merged with their like.
 NOISY: Final = frozenset({"no-peer", "refused", "split-brain", "protocol-error"})
+# The end of a session without any of these before it is noise, too: the two met and parted.
+BEGINS_LIFE: Final = frozenset({"decided", "resumed", "in-sync"})
 MERGE_S: Final = 60.0
 MERGED_MAX: Final = 64
 BURST_MAX: Final = 32
@@ -47,14 +49,17 @@ class Repeats:
         self._tokens = float(BURST_MAX)
         self._filled_s = 0.0
         self._dropped_count = 0
+        self._lived = False
 
     def admit(self, kind: str, facts: Event, now_s: float) -> Event | None:
         """The facts to tell, or None if this one is only counted."""
         if kind == "in-sync":
             self._seen.clear()  # what comes after it is news
         text = str(facts.get("reason", facts))
-        noisy = kind in NOISY or (kind == "session-lost" and ("refused", text) in self._seen)
-        if not noisy:
+        fruitless = kind == "session-lost" and not self._lived
+        if kind in BEGINS_LIFE or kind == "session-lost":
+            self._lived = kind in BEGINS_LIFE
+        if kind not in NOISY and not fruitless:
             return facts
         key = (kind, text)
         told_s, count = self._seen.get(key, (None, 0))

@@ -32,7 +32,7 @@ def test_a_split_brain_is_told_once_and_not_at_every_contact() -> None:
     for number in range(100):
         log.emit("split-brain", waits=True)
         log.emit("refused", reason="Split brain.")
-        log.emit("session-lost", session=f"{number:016x}", reason="Split brain.")
+        log.emit("session-lost", session=f"{number:016x}", reason="peer: Split brain.")
     assert kinds(log) == ["split-brain", "refused", "session-lost"]
 
 
