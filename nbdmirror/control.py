@@ -148,6 +148,7 @@ class ControlServer:
         """Answer one request; False ends the connection. No error is left without an answer."""
         request_id: Any = None
         command = ""
+        late = False
         try:
             request = parse(line)
             request_id = request.get("id")
@@ -160,6 +161,7 @@ class ControlServer:
                 return True
             reply = {"id": request_id, "ok": await self._run(number, request)}
         except NbdMirrorError as error:
+            late = isinstance(error, StaleCommandError)
             kind = type(error).__name__
             reply = {"id": request_id, "error": described(kind, str(error), error.exit_code)}
         except Exception as error:  # noqa: BLE001 - the asker waits, whatever it was
@@ -168,9 +170,9 @@ class ControlServer:
             body = described("NbdMirrorError", reason, NbdMirrorError.exit_code)
             reply = {"id": request_id, "error": body}
         finally:
-            if command == "stop" and self._engine.node.stopping:
+            if command == "stop" and self._engine.node.stopping and not late:
                 # Also after an error on the way, or without anybody to answer: a node that is
-                # stopping serves nobody any more.
+                # stopping serves nobody any more. Not while another stop is at it still.
                 asyncio.get_running_loop().call_later(EXIT_AFTER_REPLY_S, self._engine.exit)
         writer.write(json.dumps(reply).encode() + b"\n")
         await writer.drain()

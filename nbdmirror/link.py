@@ -33,8 +33,9 @@ def tune(connection: socket.socket) -> None:
 
 def enlarge(connection: socket.socket) -> None:
     """Room in the kernel for a whole window; only for a peer that has proven itself."""
-    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-        connection.setsockopt(socket.SOL_SOCKET, option, 4 * 1024 * 1024)
+    with contextlib.suppress(OSError):
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            connection.setsockopt(socket.SOL_SOCKET, option, 4 * 1024 * 1024)
 
 
 class TcpLink:

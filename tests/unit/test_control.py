@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 
-from nbdmirror.control import Commanded, ControlServer, Guard
+from nbdmirror.control import EXIT_AFTER_REPLY_S, Commanded, ControlServer, Guard
 from nbdmirror.driver import Driver, Pool
 from nbdmirror.events import EventLog
 
@@ -60,9 +60,9 @@ class BrokenEngine:
         self.ended.set()
 
 
-def line(command: str) -> bytes:
+def line(command: str, epoch: int = 3) -> bytes:
     """A command for that engine."""
-    request = {"id": 7, "command": command, "instance": INSTANCE.hex(), "epoch": 3}
+    request = {"id": 7, "command": command, "instance": INSTANCE.hex(), "epoch": epoch}
     return json.dumps(request).encode() + b"\n"
 
 
@@ -119,5 +119,30 @@ def test_a_stop_always_ends_the_engine(path: Path, *, stays: bool) -> None:
             await asyncio.wait_for(engine.ended.wait(), BOUND_S)
             if stays:
                 assert b"Bad file descriptor" in await engine.loop.sock_recv(client, 4096)
+
+    asyncio.run(main())
+
+
+def test_a_second_stop_does_not_cut_the_first_one_off(path: Path) -> None:
+    """Breaks in the field: SIGTERM beside `engine stop`, and what the first one was about to store
+    is not stored.
+    """
+
+    async def main() -> None:
+        engine = BrokenEngine()
+        server = ControlServer(cast("Commanded", engine))
+        await server.start(path)
+        _, first = await asyncio.open_unix_connection(str(path))
+        first.write(line("stop"))
+        await asyncio.wait_for(engine.begun.wait(), BOUND_S)
+        reader, second = await asyncio.open_unix_connection(str(path))
+        second.write(line("stop", epoch=2))
+        assert b"StaleCommandError" in await asyncio.wait_for(reader.readline(), BOUND_S)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(engine.ended.wait(), 4 * EXIT_AFTER_REPLY_S)
+        engine.let_go.set()
+        await asyncio.wait_for(engine.ended.wait(), BOUND_S)
+        first.close()
+        second.close()
 
     asyncio.run(main())
