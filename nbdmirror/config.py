@@ -12,6 +12,7 @@ import socket
 import stat
 import tomllib
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,12 +24,14 @@ from nbdmirror.config_schema import (
     NAME_CHARS_MAX,
     NODE_NAME,
     SECTIONS,
+    SOCKET_PATH_BYTES_MAX,
     Address,
     ConfigFile,
     DeviceSection,
     EngineSection,
     format_size,
     parse_address,
+    parse_path,
     parse_size,
 )
 from nbdmirror.core.superblock import ArbiterKind
@@ -103,6 +106,9 @@ def load(path: Path, node: str | None = None, *, with_key: bool = True) -> Confi
     problems += _node_problems(raw)
     problems += _cross_problems(raw)
     name = _my_name(raw, node, problems)
+    problems += _file_problems(raw, path)
+    if with_key:
+        problems += _socket_problems(raw, name)
     key = b""
     if with_key and isinstance(raw.get("key_file"), str):
         try:
@@ -278,6 +284,96 @@ def _port(raw: dict[str, Any], *location: str) -> int:
         return parse_address(_lookup(raw, location)).port
     except ValueError:
         return 0
+
+
+def _file_problems(raw: dict[str, Any], source: Path) -> list[str]:
+    """Files of one node that would replace each other.
+
+    Sockets are the reason: what has a socket's name is removed before the socket is made, be it
+    the key or all of the data.
+    """
+    nodes = raw.get("node")
+    problems: dict[str, None] = {}  # in order, each once: both nodes may have the same paths
+    for name in nodes if isinstance(nodes, dict) else ():
+        files = {"this file": source.absolute(), **_files_of(raw, name)}
+        for (first, one), (second, other) in combinations(files.items(), 2):
+            problems.update(dict.fromkeys(_collision(first, one, second, other)))
+        data_dir = files["data"].parent
+        if _lookup(raw, ("export", "unix")) and data_dir in files["export.unix"].parents:
+            problems[
+                f'export.unix = "{files["export.unix"]}": lies in the data_dir "{data_dir}", which '
+                "is for `data` and `meta` alone; expected a path outside of it, best in run_dir"
+            ] = None
+        for what in ("engine.sock in run_dir", "export.unix"):
+            length = len(os.fsencode(files[what]))
+            if length > SOCKET_PATH_BYTES_MAX:
+                problems[
+                    f'{what} is "{files[what]}": {length} bytes, and the system takes no names of '
+                    f"more than {SOCKET_PATH_BYTES_MAX} for sockets; expected a shorter run_dir"
+                ] = None
+    return list(problems)
+
+
+def _collision(first: str, one: Path, second: str, other: Path) -> list[str]:
+    """What is wrong with these two files of a node, one line or none."""
+    # Through symbolic links as they are on this node; of what is missing only `..` is resolved.
+    real, real_other = (Path(os.path.realpath(each)) for each in (one, other))
+    if real == real_other:
+        return [f'{second} is "{other}": that is {first}, too; expected a path of its own']
+    if real in real_other.parents:
+        return [f'{second} is "{other}": lies beneath {first} ("{one}"), which is a file']
+    if real_other in real.parents:
+        return [f'{second} is "{other}": {first} ("{one}") lies beneath it; expected another path']
+    return []
+
+
+def _files_of(raw: dict[str, Any], node: str) -> dict[str, Path]:
+    """Every file and socket that a node makes or reads, under the name an operator knows it by.
+
+    Defaults stand in for values that are wrong on their own: those are told by the model.
+    """
+    mirror = raw.get("mirror")
+    directories = {}
+    for key, default in (("data_dir", "/var/lib/nbdmirror"), ("run_dir", "/run/nbdmirror")):
+        given = _path_at(raw, "node", node, key) or _path_at(raw, "paths", key)
+        directories[key] = given or Path(default, mirror if isinstance(mirror, str) else "")
+    run_dir = directories["run_dir"]
+    key_file = _path_at(raw, "key_file")
+    return {
+        **({"key_file": key_file} if key_file else {}),
+        "data": directories["data_dir"] / "data",
+        "meta": directories["data_dir"] / "meta",
+        "launcher.lock in run_dir": run_dir / "launcher.lock",
+        "engine.sock in run_dir": run_dir / "engine.sock",
+        "export.unix": _path_at(raw, "export", "unix") or run_dir / "nbd.sock",
+    }
+
+
+def _path_at(raw: dict[str, Any], *location: str) -> Path | None:
+    """The path at `location`, None if there is no right one."""
+    try:
+        return parse_path(_lookup(raw, location))
+    except ValueError:
+        return None
+
+
+def _socket_problems(raw: dict[str, Any], node: str) -> list[str]:
+    """What stands where this node makes its sockets and would be removed for it."""
+    if not node:
+        return []
+    problems = []
+    files = _files_of(raw, node)
+    for what in ("engine.sock in run_dir", "export.unix"):
+        try:
+            mode = files[what].lstat().st_mode
+        except OSError:
+            continue  # nothing there, or not to be seen: then it cannot be replaced either
+        if not stat.S_ISSOCK(mode):
+            problems.append(
+                f'{what} is "{files[what]}": something that is no socket has that name, and would '
+                "be removed; move it away, or name another path"
+            )
+    return problems
 
 
 def _my_name(raw: dict[str, Any], node: str | None, problems: list[str]) -> str:

@@ -116,7 +116,8 @@ def _peer_address(value: object) -> Address:
     return address
 
 
-def _path(value: object) -> Path:
+def parse_path(value: object) -> Path:
+    """A Path from text like "/var/lib/x". Raises ValueError."""
     if not isinstance(value, str) or not value.startswith("/") or "\0" in value:
         raise ValueError("a path is text and begins with /")
     if len(os.fsencode(value)) > PATH_BYTES_MAX:
@@ -125,7 +126,7 @@ def _path(value: object) -> Path:
 
 
 def _socket_path(value: object) -> Path:
-    path = _path(value)
+    path = parse_path(value)
     if len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
         raise ValueError("the system takes no longer names for sockets")
     return path
@@ -173,7 +174,7 @@ def _size(default: Any, low: int, high: int, remark: str, meaning: str) -> Any:
     return Field(default, ge=low, le=high, description=meaning, json_schema_extra=extra)
 
 
-_Path = Annotated[Path, BeforeValidator(_path)]
+_Path = Annotated[Path, BeforeValidator(parse_path)]
 _SocketPath = Annotated[Path, BeforeValidator(_socket_path)]
 _Size = Annotated[int, BeforeValidator(parse_size)]
 _PowerOfTwo = Annotated[int, BeforeValidator(_power_of_two)]

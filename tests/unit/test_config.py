@@ -1,7 +1,9 @@
 """The configuration: what is accepted, and that every mistake is told at once."""
 
 import os
+import shutil
 import socket
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -181,6 +183,66 @@ def test_each_wrong_value_is_refused(key: Path, change: tuple[str, str], part: s
     """If this fails, a typing error becomes a mirror that cannot meet its peer."""
     found = mistakes(key, GOOD.replace(*change))
     assert any(part in line for line in found), found
+
+
+@pytest.mark.parametrize(
+    ("unix", "said"),
+    [
+        ("{key}", "that is key_file, too"),
+        ("{key}/../key", "that is key_file, too"),
+        ("{dir}/linked/key", "that is key_file, too"),
+        ("{dir}/demo.toml", "that is this file, too"),
+        ("{dir}/data/data", "that is data, too"),
+        ("{dir}/data/meta", "that is meta, too"),
+        ("{dir}/run/engine.sock", "that is engine.sock in run_dir, too"),
+        ("{dir}/run/launcher.lock", "that is launcher.lock in run_dir, too"),
+        ("{dir}/data/meta/nbd.sock", "lies beneath meta"),
+        ("{dir}/data", "lies beneath it"),
+        ("{dir}/run", "lies beneath it"),
+        ("{dir}/data/nbd.sock", "lies in the data_dir"),
+        ("{dir}/precious", "no socket has that name"),
+    ],
+)
+def test_no_socket_replaces_a_file(key: Path, unix: str, said: str) -> None:
+    """Breaks in the field: the start of an engine removes the key, or all of the data."""
+    directory = key.parent
+    (directory / "precious").touch()
+    (directory / "linked").symlink_to(directory)
+    name = unix.replace("{key}", str(key)).replace("{dir}", str(directory))
+    paths = f'[paths]\ndata_dir = "{directory}/data"\nrun_dir = "{directory}/run"\n'
+    found = mistakes(key, f'{GOOD}{paths}[export]\nunix = "{name}"\n')
+    assert any(said in line and name in line for line in found), found
+    found = mistakes(key, GOOD.replace("{key}", f"{directory}/run/engine.sock") + paths)
+    assert any("that is key_file, too" in line for line in found), found
+
+
+def test_a_socket_of_an_earlier_engine_is_no_mistake(key: Path) -> None:
+    """If this fails, a mirror does not start again after its engine was killed."""
+    run_dir = Path(tempfile.mkdtemp(prefix="nbdm-"))
+    text = f'{GOOD}[paths]\nrun_dir = "{run_dir}"\n'
+    try:
+        with socket.socket(socket.AF_UNIX) as old:
+            old.bind(str(run_dir / "nbd.sock"))
+        assert load(write(key, text), "alpha").export_unix == run_dir / "nbd.sock"
+        (run_dir / "engine.sock").touch()
+        (found,) = mistakes(key, text)
+        assert "engine.sock" in found
+        assert "no socket" in found
+        # Whoever only asks is told by the socket itself.
+        assert load(write(key, text), "alpha", with_key=False).key == b""
+    finally:
+        shutil.rmtree(run_dir)
+
+
+@pytest.mark.parametrize("node", ["alpha", "beta"])
+def test_names_of_sockets_are_short_enough(key: Path, node: str) -> None:
+    """If this fails, an engine ends at its start with an errno, on the other node at that."""
+    base = "/" + "r" * 97  # 98 bytes; engine.sock makes it 110, nbd.sock 107
+    found = mistakes(key, f'{GOOD}run_dir = "{base}"\n', node)
+    (line,) = found
+    assert line.startswith("engine.sock in run_dir is")
+    assert "110 bytes" in line
+    assert len(mistakes(key, f'{GOOD}run_dir = "{base}r"\n', node)) == 2
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
