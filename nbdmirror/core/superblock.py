@@ -48,8 +48,9 @@ _CRC_BYTES: Final = 4
 _NODE_ID_MAX: Final = 255
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 _REMEDY: Final = (
-    "restore the metadata file, or make a new identity over the data with "
-    "`nbdmirror metadata create --adopt`"
+    "move the metadata file away; if the peer is well, join anew over the data with `nbdmirror "
+    "metadata create --join --adopt`; only if this is the last copy, leave `--join` out: whatever "
+    "it holds then counts as complete"
 )
 
 

@@ -154,12 +154,29 @@ def test_check_and_show_tell_what_is_lost(alpha: Config) -> None:
     report = admin.check(path)
     assert report.damaged
     assert "it does not start" in report.findings[-1].meaning
-    with pytest.raises(MetadataError, match="--adopt"):
+    with pytest.raises(MetadataError, match=r"move the metadata file away.*--join --adopt"):
         admin.show(path)
     os.truncate(path, 4096)
     assert [finding.part for finding in admin.check(path).findings] == ["file"]
     path.unlink()
     assert admin.check(path).damaged
+
+
+def test_the_remedy_for_lost_metadata_works(alpha: Config) -> None:
+    """Breaks in the field: the way back that the text names is refused, or makes a stale copy the
+    source of the mirror.
+    """
+    admin.create(alpha, 2 * MIB, join=False, adopt=False, sparse=True)
+    for slot in (0, 32 * 1024):
+        spoil(alpha.metadata_file, slot + 20)
+    remedy = admin.check(alpha.metadata_file).findings[-1].problem
+    assert "move the metadata file away" in remedy
+    with pytest.raises(RefusedError, match="not overwritten"):
+        admin.create(alpha, None, join=True, adopt=True, sparse=True)
+    alpha.metadata_file.rename(alpha.metadata_file.with_name("damaged"))
+    assert "--join --adopt" in remedy
+    made = admin.create(alpha, None, join=True, adopt=True, sparse=True)
+    assert (made.data_state, made.flags & Flags.ALONE) == (DataState.BLANK, Flags(0))
 
 
 def test_check_leaves_a_running_engine_alone(alpha: Config) -> None:
