@@ -118,7 +118,8 @@ def load(path: Path, node: str | None = None, *, with_key: bool = True) -> Confi
     if problems or parsed is None:
         lines = "\n".join(f"- {problem}" for problem in problems)
         count = len(problems)
-        raise ConfigError(f"{path}: {count} mistake{'s' if count > 1 else ''}\n{lines}")
+        head = f"{path}: {count} mistake{'s' if count > 1 else ''}"
+        raise ConfigError(f"{head}\n{lines}", problems)
     return _build(path, parsed, name, key)
 
 

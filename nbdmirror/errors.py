@@ -5,6 +5,7 @@ message names the thing, the value and the remedy; it never holds a secret.
 """
 
 import errno
+from collections.abc import Sequence
 from typing import ClassVar
 
 
@@ -16,9 +17,16 @@ class NbdMirrorError(Exception):
 
 
 class ConfigError(NbdMirrorError):
-    """The configuration, the key or an argument is wrong; the text lists every mistake."""
+    """The configuration, the key or an argument is wrong; the text lists every mistake.
+
+    `mistakes`: the same one by one, where there is a list.
+    """
 
     exit_code: ClassVar[int] = 11
+
+    def __init__(self, text: str, mistakes: Sequence[str] = ()) -> None:
+        super().__init__(text)
+        self.mistakes = tuple(mistakes)
 
 
 class MetadataError(NbdMirrorError):

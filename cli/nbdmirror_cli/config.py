@@ -5,7 +5,8 @@ from typing import Any
 import click
 
 from nbdmirror.config import Config, format_size
-from nbdmirror_cli.options import Source, config_options, json_option, print_json
+from nbdmirror.errors import ConfigError
+from nbdmirror_cli.options import Source, config_options, error_facts, json_option, print_json
 from nbdmirror_cli.view import no_promise_c, print_table
 
 
@@ -17,12 +18,26 @@ def config_group() -> None:
 @config_group.command("check")
 @config_options
 @json_option
-def check(source: Source, *, as_json: bool) -> None:
+@click.pass_context
+def check(context: click.Context, source: Source, *, as_json: bool) -> None:
     """Check the configuration and the key file; list every mistake at once.
 
     Nothing is changed and nothing is asked of the network. Exit code 11 when there are mistakes.
     """
-    config = source.load(with_key=True)
+    try:
+        config = source.load(with_key=True)
+    except ConfigError as error:
+        if not as_json:
+            raise
+        print_json(
+            {
+                "path": str(source.path),
+                "mistakes": list(error.mistakes or [str(error)]),
+                "remarks": [],
+                **error_facts("ConfigError", str(error), error.exit_code),
+            }
+        )
+        context.exit(error.exit_code)
     remark = no_promise_c(config.arbiter.name.lower())
     if as_json:
         print_json({"path": str(config.source), "mistakes": [], "remarks": [remark]})

@@ -4,6 +4,7 @@ Exit codes: 0 done; 2 wrong usage; 10 to 23 the `exit_code` of the error class i
 nbdmirror/errors.py; 130 interrupted.
 """
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from nbdmirror.errors import NbdMirrorError
 from nbdmirror_cli.config import config_group
 from nbdmirror_cli.engine import engine_group
 from nbdmirror_cli.metadata import metadata_group
+from nbdmirror_cli.options import error_facts
+from nbdmirror_cli.view import printable
 
 INTERRUPTED = 130
 HELP_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -44,26 +47,40 @@ nbdmirror.add_command(engine_group)
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line; returns its exit code. The only place that maps errors to codes."""
+    """Run one command line; returns its exit code. The only place that maps errors to codes.
+
+    With --json what went wrong is an object, too, and on standard output: a program reads one
+    stream and never has to take text apart.
+    """
     try:
         result = nbdmirror.main(args=list(arguments), prog_name="nbdmirror", standalone_mode=False)
         sys.stdout.flush()
     except click.exceptions.Exit as done:
         return done.exit_code
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("nbdmirror: interrupted", err=True)
-        return INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output went away. Nothing more can be written, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except NbdMirrorError as error:
-        click.echo(f"nbdmirror: {error}", err=True)
-        return error.exit_code
+    except (click.ClickException, click.Abort, KeyboardInterrupt, NbdMirrorError) as error:
+        return _tell(error, as_json="--json" in arguments)
     return result if isinstance(result, int) else 0
+
+
+def _tell(error: BaseException, *, as_json: bool) -> int:
+    """Say what went wrong; returns the exit code."""
+    if isinstance(error, click.ClickException):
+        kind, reason, code = "UsageError", error.format_message(), error.exit_code
+    elif isinstance(error, NbdMirrorError):
+        kind, reason, code = type(error).__name__, printable(str(error)), error.exit_code
+    else:
+        kind, reason, code = "Interrupted", "interrupted", INTERRUPTED
+    if as_json:
+        click.echo(json.dumps(error_facts(kind, reason, code)))  # one line, as of `events --json`
+    elif isinstance(error, click.ClickException):
+        error.show()  # with the usage of the command
+    else:
+        click.echo(f"nbdmirror: {reason}", err=True)
+    return code
 
 
 def main() -> None:

@@ -94,6 +94,23 @@ json_option = click.option(
 )
 
 
+# What helps against each kind of error, whatever its reason; the reasons have the particulars.
+REMEDIES: Final = {
+    "UsageError": "see --help",
+    "ConfigError": "mend the configuration; `nbdmirror config check` lists every mistake",
+    "MetadataError": "`nbdmirror metadata check` says what is damaged and what that means",
+    "StaleCommandError": "look at `nbdmirror engine state` and decide again",
+    "UnreachableError": "start the engine with `nbdmirror engine run`, or ask again",
+}
+
+
+def error_facts(kind: str, reason: str, exit_code: int) -> dict[str, Any]:
+    """What commands print as JSON of an error. Its keys stay."""
+    remedy = REMEDIES.get(kind, "")
+    facts = {"kind": kind, "reason": reason, "remedy": remedy, "exit_code": exit_code}
+    return {"error": facts}
+
+
 class SizeType(click.ParamType[int]):
     """A size on the command line, as in the configuration."""
 

@@ -192,6 +192,54 @@ def test_a_refusal_is_told_with_its_code(shell: Shell, engine: FakeEngine) -> No
     assert "look again" in shell.err
 
 
+@pytest.mark.parametrize("words", list(leaves(nbdmirror)))
+def test_an_error_is_json_where_json_was_asked_for(
+    base: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    """If this fails, a program that asked for JSON gets prose, or nothing, when it matters."""
+    if words == ("engine", "run"):
+        return  # has no --json: it prints nothing
+    more = ("--size", "1MiB") if words[-1] == "create" else ()
+    code = run([*words, *more, "--json", "-c", str(base / "missing.toml")])
+    out, err = capsys.readouterr()
+    assert (code, err) == (errors.ConfigError.exit_code, "")
+    error = json.loads(out)["error"]
+    assert set(error) == {"kind", "reason", "remedy", "exit_code"}
+    assert (error["kind"], error["exit_code"]) == ("ConfigError", code)
+    assert "missing.toml" in error["reason"]
+    assert run([*words, "--json", "--no-such-option"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["kind"] == "UsageError"
+
+
+def test_each_kind_of_error_is_named_in_json(shell: Shell, engine: FakeEngine) -> None:
+    """If this fails, a program takes one failure for another."""
+    body = {"kind": "StaleCommandError", "reason": "look again", "remedy": ""}
+    engine.script = lambda request: [{"id": request["id"], "error": body}]
+    assert shell("engine", "state", "--json") == errors.StaleCommandError.exit_code
+    error = json.loads(shell.out)["error"]
+    assert (error["kind"], error["reason"]) == ("StaleCommandError", "state: look again")
+    assert "engine state" in error["remedy"]
+    assert shell("engine", "state", "--json", node="beta") == errors.UnreachableError.exit_code
+    assert json.loads(shell.out)["error"]["kind"] == "UnreachableError"
+
+
+def test_mistakes_are_a_list_in_json(shell: Shell) -> None:
+    """If this fails, a deployment can show its operator only that something is wrong."""
+    path = shell.base / "demo.toml"
+    path.write_text(path.read_text(encoding="utf-8") + "colour = 1\n[engine]\nthreads = 0\n")
+    assert shell("config", "check", "--json") == errors.ConfigError.exit_code
+    facts = json.loads(shell.out)
+    assert [line.partition(" ")[0] for line in facts["mistakes"]] == [
+        "node.beta.colour:",
+        "engine.threads",
+    ]
+    assert facts["error"]["exit_code"] == errors.ConfigError.exit_code
+    path.write_text("=")
+    assert shell("config", "check", "--json") == errors.ConfigError.exit_code
+    (mistake,) = json.loads(shell.out)["mistakes"]
+    assert "not valid TOML" in mistake
+
+
 @pytest.mark.parametrize(
     ("words", "state", "loss"),
     [
