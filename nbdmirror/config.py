@@ -7,10 +7,15 @@ network: addresses are numbers.
 """
 
 import difflib
+import errno
+import ipaddress
+import json
 import os
+import re
 import socket
 import stat
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -34,8 +39,9 @@ from nbdmirror.config_schema import (
     parse_path,
     parse_size,
 )
+from nbdmirror.core.messages import printable
 from nbdmirror.core.superblock import ArbiterKind
-from nbdmirror.errors import ConfigError, NbdMirrorError
+from nbdmirror.errors import ConfigError, RefusedError, StoreError
 from nbdmirror.files import open_regular
 from nbdmirror.limits import KEY_BYTES_MAX, KEY_BYTES_MIN, MIB
 
@@ -43,6 +49,19 @@ __all__ = ["KEYS", "Address", "Config", "Node", "format_size", "load", "parse_si
 
 CONFIG_BYTES_MAX: Final = 1 * MIB
 KEY_MODES: Final = (0o600, 0o400)
+SHOWN_CHARS_MAX: Final = 200
+_BARE_KEY: Final = re.compile(r"[A-Za-z0-9_.-]+")
+# pydantic's findings in the words of the file; others have texts of their own.
+_WORDS: Final = {
+    "model_type": "not a table",
+    "dict_type": "not a table",
+    "int_type": "not a whole number",
+    "bool_type": "neither true nor false",
+    "string_type": "not text",
+    "literal_error": "none of the words",
+    "greater_than_equal": "too small",
+    "less_than_equal": "too large",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +129,10 @@ def load(path: Path, node: str | None = None, *, with_key: bool = True) -> Confi
     if with_key:
         problems += _socket_problems(raw, name)
     key = b""
-    if with_key and isinstance(raw.get("key_file"), str):
+    key_file = _path_at(raw, "key_file")
+    if with_key and key_file is not None:
         try:
-            key = _read_key(Path(raw["key_file"]))
+            key = _read_key(key_file)
         except ConfigError as error:
             problems.append(str(error))
     if problems or parsed is None:
@@ -165,14 +185,11 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 def _read_key(path: Path) -> bytes:
     """The shared key. Raises ConfigError; its text never holds a byte of it."""
-    prefix = f'key_file = "{path}"'
+    prefix = f"key_file = {_toml(str(path))}"
     try:
         descriptor = open_regular(path, os.O_RDONLY)
-    except NbdMirrorError as error:
-        raise ConfigError(
-            f"{prefix}: {error}; make it once with `head -c 32 /dev/urandom` under umask 077, "
-            "and copy it to the other node"
-        ) from error
+    except (RefusedError, StoreError) as error:
+        raise ConfigError(f"{prefix}: {_why_no_key(path, error)}") from error
     try:
         status = os.fstat(descriptor)
         key = os.read(descriptor, KEY_BYTES_MAX + 1)
@@ -193,6 +210,38 @@ def _read_key(path: Path) -> bytes:
     return key
 
 
+def _why_no_key(path: Path, error: RefusedError | StoreError) -> str:
+    if not isinstance(error, StoreError):
+        if path.is_symlink():
+            return "it is a symbolic link; name the file itself, so that it cannot be exchanged"
+        return "it is no plain file; expected one that holds the key"
+    if error.number == errno.ENOENT:
+        return (
+            "there is no such file; make it once with `head -c 32 /dev/urandom` under umask 077, "
+            "and copy it to the other node"
+        )
+    if error.number in {errno.EACCES, errno.EPERM}:
+        return f"user {os.geteuid()} may not read it; run this as its owner, or as root"
+    return f"cannot be read: {os.strerror(error.number)}"
+
+
+def _toml(value: object) -> str:
+    """A value as the file has it, bounded, and without what could steer a terminal."""
+    if isinstance(value, dict | list):
+        return "a table" if isinstance(value, dict) else "a list"
+    if isinstance(value, str | bool | int | float):
+        text = json.dumps(value, ensure_ascii=False)
+    else:
+        text = str(value)  # date and time
+    text = printable(text)
+    return text if len(text) <= SHOWN_CHARS_MAX else f"{text[:SHOWN_CHARS_MAX]}..."
+
+
+def _dotted(steps: Iterable[object]) -> str:
+    """A key as the file has it; what is not bare stands in quotes."""
+    return ".".join(step if _BARE_KEY.fullmatch(step) else _toml(step) for step in map(str, steps))
+
+
 def _lookup(raw: Any, location: tuple[str | int, ...]) -> object:
     for step in location:
         if not isinstance(raw, dict) or step not in raw:
@@ -206,7 +255,7 @@ def _problem(error: dict[str, Any], raw: dict[str, Any]) -> str:
     location = tuple(error["loc"])
     generic = tuple("<name>" if at == 1 and location[0] == "node" else step
                     for at, step in enumerate(location))  # fmt: skip
-    key, shown = ".".join(map(str, generic)), ".".join(map(str, location))
+    key, shown = ".".join(map(str, generic)), _dotted(location)
     info = KEYS.get(key)
     if error["type"] == "extra_forbidden":
         parent = key.rpartition(".")[0]
@@ -223,9 +272,11 @@ def _problem(error: dict[str, Any], raw: dict[str, Any]) -> str:
             return f"arbiter: is not set; {ARBITER_CHOICE}"
         expected = info.expected if info else "exactly two tables [node.<name>]"
         return f"{shown}: is not set; expected {expected}"
-    why = str(error["msg"]).removeprefix("Value error, ")
-    value = f"{shown} = {_lookup(raw, location)!r}"
-    return f"{value}: {why}; expected {info.expected}" if info else f"{value}: {why}"
+    why = _WORDS.get(error["type"]) or str(error["msg"]).removeprefix("Value error, ")
+    value = f"{shown} = {_toml(_lookup(raw, location))}"
+    if info is None:
+        return f"{value}: {why}; expected a table [{shown}]"
+    return f"{value}: {why}; expected {info.expected}"
 
 
 def _node_problems(raw: dict[str, Any]) -> list[str]:
@@ -234,22 +285,41 @@ def _node_problems(raw: dict[str, Any]) -> list[str]:
     if not isinstance(nodes, dict):
         return []  # the model says so
     problems = [
-        f"node.{name}: not a node's name; expected 1 to {NAME_CHARS_MAX} of a-z, 0-9, . and -"
+        f"node.{_dotted([name])}: not a node's name; "
+        f"expected 1 to {NAME_CHARS_MAX} of a-z, 0-9, . and -"
         for name in nodes
         if not NODE_NAME.fullmatch(name)
     ]
     if len(nodes) != 2:
-        names = ", ".join(nodes) or "none"
+        names = _names(nodes)
         problems.append(f"node: {len(nodes)} tables ({names}); expected exactly two [node.<name>]")
         return problems
     first, second = nodes.values()
     if not (isinstance(first, dict) and isinstance(second, dict)):
         return problems
     for key in ("id", "address"):
-        value = first.get(key)
-        if value is not None and value == second.get(key):
-            problems.append(f"node: both have {key} = {value!r}; expected one of its own for each")
+        values = [each.get(key) for each in (first, second)]
+        if values[0] is not None and _same(*values):
+            shown = _toml(values[0])
+            if values[0] != values[1]:
+                shown += f" (as {_toml(values[1])}, too)"
+            problems.append(f"node: both have {key} = {shown}; expected one of its own for each")
     return problems
+
+
+def _same(one: object, other: object) -> bool:
+    """Whether two values mean the same: an address has many spellings."""
+    try:
+        addresses = [parse_address(each) for each in (one, other)]
+    except ValueError:
+        return one == other
+    ips = [ipaddress.ip_address(each.host) for each in addresses]
+    plain = [getattr(ip, "ipv4_mapped", None) or ip for ip in ips]
+    return addresses[0].port == addresses[1].port and plain[0] == plain[1]
+
+
+def _names(nodes: Iterable[str]) -> str:
+    return ", ".join(_dotted([name]) for name in nodes) or "none"
 
 
 def _cross_problems(raw: dict[str, Any]) -> list[str]:
@@ -264,8 +334,8 @@ def _cross_problems(raw: dict[str, Any]) -> list[str]:
     tcp = _port(raw, "export", "tcp")
     nodes = raw.get("node")
     problems += [
-        f"export.tcp = {_lookup(raw, ('export', 'tcp'))!r}: the port is that of "
-        f"node.{name}.address; expected another port"
+        f"export.tcp = {_toml(_lookup(raw, ('export', 'tcp')))}: the port is that of "
+        f"node.{_dotted([name])}.address; expected another port"
         for name in (nodes if isinstance(nodes, dict) else ())
         if tcp and tcp == _port(raw, "node", name, "address")
     ]
@@ -389,7 +459,7 @@ def _my_name(raw: dict[str, Any], node: str | None, problems: list[str]) -> str:
             return name
     how = "asked for" if node is not None else "the name of this host"
     problems.append(
-        f"node: no table [node.{wanted[0]}] ({how}); there are: {', '.join(nodes) or 'none'}; "
+        f"node: no table [node.{_dotted(wanted[:1])}] ({how}); there are: {_names(nodes)}; "
         "name this node with --node"
     )
     return ""

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nbdmirror import config
 from nbdmirror.config import KEYS, Config, format_size, load, parse_size
 from nbdmirror.config_schema import Address, parse_address
 from nbdmirror.core.superblock import ArbiterKind
@@ -130,21 +131,21 @@ tcp = "127.0.0.1"
     key.chmod(0o640)
     found = mistakes(key, text)
     expected = [
-        "mirror = 'Demo': not a name",
+        'mirror = "Demo": not a name',
         "arbiter: is not set",
         "node.alpha.id = 0:",
-        "node.alpha.address = 'db1:7789': host names are not looked up",
+        'node.alpha.address = "db1:7789": host names are not looked up',
         "node.beta.id = 0:",
         "node.beta.address: is not set",
-        "node.beta.data_dir = 'here':",
+        'node.beta.data_dir = "here":',
         "node.beta.adress: unknown key; did you mean address?",
-        "device.extent = '5KiB': not a power of two; expected 4KiB to 1MiB",
-        "engine.threads = True:",
-        "engine.flush_bytes = '64MB':",
-        "engine.resync_rate = '1KiB': slower than one resync block",
+        'device.extent = "5KiB": not a power of two; expected 4KiB to 1MiB',
+        "engine.threads = true: not a whole number; expected 1 to 64",
+        'engine.flush_bytes = "64MB":',
+        'engine.resync_rate = "1KiB": slower than one resync block',
         "engine.freeze_limit_ms = 1600: a freeze would end before it begins",
-        "engine.on_freeze = 'never':",
-        "export.tcp = '127.0.0.1': the port is missing",
+        'engine.on_freeze = "never":',
+        'export.tcp = "127.0.0.1": the port is missing',
         "colour: unknown key; known here: mirror, key_file, arbiter, node, device",
         "node: both have id = 0",
         f'key_file = "{key}": its mode is 0640, expected 0600 or 0400',
@@ -282,12 +283,86 @@ def test_a_weak_key_is_refused(key: Path) -> None:
         assert part in found
     key.unlink()
     (found,) = mistakes(key, GOOD)
-    assert "ENOENT" in found
+    assert "no such file" in found
     assert "head -c 32" in found
     (key.parent / "real").write_bytes(b"k" * 32)
     key.symlink_to("real")
     (found,) = mistakes(key, GOOD)
     assert "symbolic link" in found
+    assert "head -c" not in found
+    key.unlink()
+    os.mkfifo(key)
+    (found,) = mistakes(key, GOOD)
+    assert "no plain file" in found
+    assert "device" not in found
+    assert "head -c" not in found
+    (found,) = mistakes(key, GOOD.replace("{key}", "relative"))
+    assert found.startswith('key_file = "relative": a path is text')
+
+
+def test_a_key_that_may_not_be_read_is_not_to_be_made_anew(key: Path, require_root: None) -> None:
+    """If this fails, somebody makes a second key because the text says so."""
+    key.parent.chmod(0o700)
+    os.seteuid(12345)
+    try:
+        with pytest.raises(ConfigError) as caught:
+            config._read_key(key)
+    finally:
+        os.seteuid(0)
+    assert "user 12345 may not read it" in str(caught.value)
+    assert "head -c" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("[::1]:7789", "[0:0:0:0:0:0:0:1]:7789"),
+        ("[fd00::2]:7789", "[FD00::0:2]:7789"),
+        ("10.1.0.1:7789", "[::ffff:10.1.0.1]:7789"),
+    ],
+)
+def test_an_address_is_the_same_in_every_spelling(key: Path, one: str, other: str) -> None:
+    """If this fails, a node waits for itself."""
+    text = GOOD.replace("[fd00::2]:7789", other).replace("10.1.0.1:7789", one)
+    (found,) = mistakes(key, text)
+    assert "both have address" in found
+    assert one in found
+    assert other in found
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("threads = 1979-05-27", "engine.threads = 1979-05-27: not a whole number; expected 1 to"),
+        ("threads = [1]", "engine.threads = a list: not a whole number; expected 1 to"),
+        ("threads = 65", "engine.threads = 65: too large; expected 1 to"),
+        ("on_freeze = true", 'engine.on_freeze = true: none of the words; expected "ask" or'),
+        ("lock_memory = 1", "engine.lock_memory = 1: neither true nor false; expected true or"),
+        (r'"a\u001b[2Jb" = 1', r'engine."a\u001b[2Jb": unknown key; known here'),
+        (r'"a\u009b2Jb" = 1', 'engine."a?2Jb": unknown key;'),
+        (r'on_freeze = "\u001b[2J\u202e"', r'engine.on_freeze = "\u001b[2J?": none of the words'),
+        (f'on_freeze = "{"x" * 5000}"', "none of the words"),
+    ],
+)
+def test_values_are_told_as_the_file_has_them(key: Path, more: str, said: str) -> None:
+    """If this fails, an operator reads Python, or a file steers the terminal of who checks it."""
+    (found,) = mistakes(key, f"{GOOD}[engine]\n{more}\n")
+    assert said in found
+    assert all(each.isprintable() for each in found)
+    assert len(found) < 1000
+
+
+@pytest.mark.parametrize("name", ["alpha", '"\\u001b[2J"'])
+def test_what_should_be_a_table_is_told_so(key: Path, name: str) -> None:
+    """If this fails, the report speaks of the program's classes."""
+    head = GOOD.partition("[node.alpha]")[0]
+    found = mistakes(key, f"{head}engine = 3\n[node]\n{name} = 5\nbeta = 6\n", "beta")
+    assert "engine = 3: not a table; expected a table [engine]" in found
+    assert "node.beta = 6: not a table; expected a table [node.beta]" in found
+    assert all(each.isprintable() for line in found for each in line)
+    assert "Section" not in "".join(found)
+    (found_one,) = mistakes(key, "node = 1\n" + head, "beta")
+    assert found_one.startswith("node = 1: not a table; expected")
 
 
 def test_a_key_of_another_user_is_refused(key: Path, require_root: None) -> None:
