@@ -7,6 +7,7 @@ holds.
 
 import contextlib
 import os
+import stat
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,14 +29,16 @@ from nbdmirror.core.superblock import (
     decode,
     log_generations,
 )
-from nbdmirror.errors import ConfigError, MetadataError, RefusedError
-from nbdmirror.files import store_error, sync_directory
+from nbdmirror.errors import ConfigError, MetadataError, RefusedError, StoreError
+from nbdmirror.files import open_regular, store_error, sync_directory
 from nbdmirror.metastore import FileMetaStore, holder
 from nbdmirror.metastore import create as create_metadata
 from nbdmirror.store import FileStore
 
 MIRROR_ID_CONTEXT: Final = "nbdmirror 2026 mirror id"
 DIRECTORY_MODE: Final = 0o700
+OTHERS_MAY: Final = 0o077
+OTHERS_MAY_WRITE: Final = 0o022
 
 
 def derive_mirror_id(key: bytes, mirror: str) -> bytes:
@@ -144,11 +147,16 @@ def _make_directory(directory: Path, undo: list[Callable[[], None]]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is not as it should be, and what that means for the mirror."""
+    """One thing that is not as it should be, and what that means for the mirror.
+
+    `severity`: "damage", or "warning" for what is whole but open to others. `remedy` may be empty.
+    """
 
     part: str
     problem: str
     meaning: str
+    severity: str = "damage"
+    remedy: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +169,8 @@ class Report:
 
     @property
     def damaged(self) -> bool:
-        """Whether an operator should look at it."""
-        return bool(self.findings)
+        """Whether something is lost; warnings alone are no damage."""
+        return any(finding.severity == "damage" for finding in self.findings)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -215,8 +223,10 @@ def show(path: Path) -> dict[str, Any]:
         meta.close()
 
 
-def check(path: Path) -> Report:
+def check(path: Path, run_dir: Path | None = None) -> Report:
     """Decode all of the metadata and look for the data file beside it; repair nothing.
+
+    Also says as warnings who else can reach the files, and the sockets in `run_dir`.
 
     Raises:
         RefusedError: an engine holds it, or it is not a plain file.
@@ -228,7 +238,8 @@ def check(path: Path) -> Report:
         lost = "this node does not start, and its peer goes on without it"
         return Report(path, (Finding("file", str(error), lost),), {})
     try:
-        return _checked(path, meta)
+        report = _checked(path, meta)
+        return replace(report, findings=(*report.findings, *_look_at_access(path, meta, run_dir)))
     finally:
         meta.close()
 
@@ -291,9 +302,92 @@ def _bad_page(geometry: Geometry, index: int) -> Finding:
 def _look_at_data(data: Path, sb: Superblock) -> list[Finding]:
     lost = "the engine refuses to start until the data file is back"
     try:
-        size = data.stat().st_size
-    except OSError as error:
-        return [Finding("data", f"{data}: {error.strerror}", lost)]
+        descriptor = open_regular(data, os.O_RDONLY)
+    except StoreError as error:
+        return [Finding("data", f"{data}: {os.strerror(error.number)}", lost)]
+    except RefusedError as error:
+        return [Finding("data", str(error), "the engine refuses to start with it")]
+    try:
+        size = os.fstat(descriptor).st_size
+    finally:
+        os.close(descriptor)
     if size < sb.device_bytes:
         return [Finding("data", f"{data} has {size} of {sb.device_bytes} bytes", lost)]
     return []
+
+
+def _warning(part: str, problem: str, meaning: str, remedy: str) -> Finding:
+    return Finding(part, problem, meaning, "warning", remedy)
+
+
+def _look_at_access(path: Path, meta: FileMetaStore, run_dir: Path | None) -> list[Finding]:
+    """Who else can read, change or exchange what belongs to this node."""
+    # Root runs the engine, or a user of its own, to whom the metadata then belongs.
+    owner = os.fstat(meta.fileno()).st_uid
+    owners = {0, os.geteuid(), owner}
+    findings = []
+    for part, file in (("meta", path), ("data", path.with_name("data"))):
+        findings += _open_file(part, file, owner)
+    findings += _open_directory("data_dir", path.parent, owners, owner)
+    if run_dir is not None:
+        findings += _open_directory("run_dir", run_dir, owners, owner)
+    return findings
+
+
+def _open_file(part: str, file: Path, owner: int) -> list[Finding]:
+    try:
+        status = file.lstat()
+    except OSError:
+        return []  # told as damage
+    if not stat.S_ISREG(status.st_mode):
+        return []
+    findings = []
+    mode = stat.S_IMODE(status.st_mode)
+    if mode & OTHERS_MAY:
+        meaning = "other users may read or change the blocks of the mirror behind the engine's back"
+        findings.append(
+            _warning(part, f"{file} has mode {mode:04o}", meaning, f"chmod 0600 {file}")
+        )
+    if status.st_uid not in {0, owner}:
+        meaning = "that user may change it behind the engine's back"
+        problem = f"{file} belongs to user {status.st_uid}, the metadata to user {owner}"
+        findings.append(_warning(part, problem, meaning, f"chown {owner} {file}"))
+    if status.st_nlink > 1:
+        meaning = "what is done under its other name changes the mirror behind the engine's back"
+        remedy = f"find the others with `find -xdev -samefile {file}` and remove them"
+        findings.append(_warning(part, f"{file} has {status.st_nlink} names", meaning, remedy))
+    return findings
+
+
+def _open_directory(part: str, directory: Path, owners: set[int], owner: int) -> list[Finding]:
+    """Whoever can write into a directory on the way can put another one in its place."""
+    try:
+        real = directory.resolve(strict=True)
+        way = [(each, each.stat()) for each in (real, *real.parents)]
+    except OSError:
+        return []  # not made yet, or told as damage
+    exchange = "can exchange the files and sockets in it"
+    findings = []
+    if directory.is_symlink():
+        findings.append(
+            _warning(
+                part,
+                f"{directory} is a symbolic link to {real}",
+                f"whoever may change the link {exchange}",
+                f"name {real} itself in the configuration",
+            )
+        )
+    for each, status in way:
+        mode = stat.S_IMODE(status.st_mode)
+        # In a sticky directory only the owner of a name can exchange it; not so for its own files.
+        sticky = each != real and mode & stat.S_ISVTX
+        if mode & OTHERS_MAY_WRITE and not sticky:
+            problem = f"{each} has mode {mode:04o}"
+            remedy = f"chmod {mode & ~OTHERS_MAY_WRITE:04o} {each}"
+            findings.append(_warning(part, problem, f"other users {exchange}", remedy))
+        if status.st_uid not in owners:
+            problem = f"{each} belongs to user {status.st_uid}"
+            findings.append(
+                _warning(part, problem, f"that user {exchange}", f"chown {owner} {each}")
+            )
+    return findings

@@ -8,7 +8,7 @@ from nbdmirror import admin
 from nbdmirror.config import format_size
 from nbdmirror.errors import MetadataError
 from nbdmirror_cli.options import SizeType, Source, config_options, json_option, print_json
-from nbdmirror_cli.view import bytes_text, print_table
+from nbdmirror_cli.view import bytes_text, print_table, printable
 
 
 @click.group("metadata")
@@ -102,15 +102,21 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
 def check(context: click.Context, source: Source, *, as_json: bool) -> None:
     """Decode all of the metadata; say what is damaged and what that means. Repairs nothing.
 
-    The engine must be stopped. Exit code 12 when something is damaged.
+    The engine must be stopped. Exit code 12 when something is damaged. Files and directories that
+    other users can reach are warnings; with them alone the exit code is 0.
     """
-    report = admin.check(source.load(with_key=False).metadata_file)
+    config = source.load(with_key=False)
+    report = admin.check(config.metadata_file, config.me.run_dir)
     if as_json:
         print_json(report.as_dict())
-    elif not report.damaged:
-        click.echo(f"{report.path}: no damage")
     else:
         for finding in report.findings:
-            click.echo(f"{finding.part}: {finding.problem}\n    means: {finding.meaning}")
+            head = "" if finding.severity == "damage" else f"{finding.severity}: "
+            click.echo(printable(f"{head}{finding.part}: {finding.problem}"))
+            click.echo(printable(f"    means: {finding.meaning}"))
+            if finding.remedy:
+                click.echo(printable(f"    remedy: {finding.remedy}"))
+        if not report.damaged:
+            click.echo(printable(f"{report.path}: no damage"))
     if report.damaged:
         context.exit(MetadataError.exit_code)

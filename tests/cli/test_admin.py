@@ -1,6 +1,7 @@
 """Creating, showing and checking the files of a node."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from nbdmirror.core.superblock import DataState, Flags, choose
 from nbdmirror.errors import ConfigError, MetadataError, RefusedError, StoreError
 from nbdmirror.limits import LOG_OFFSET_BYTES, MAP_OFFSET_BYTES
 from nbdmirror.metastore import FileMetaStore
+from nbdmirror.store import FileStore
 from tests.contract.conftest import file_size_limit
 
 MIB = 1024 * 1024
@@ -177,6 +179,66 @@ def test_the_remedy_for_lost_metadata_works(alpha: Config) -> None:
     assert "--join --adopt" in remedy
     made = admin.create(alpha, None, join=True, adopt=True, sparse=True)
     assert (made.data_state, made.flags & Flags.ALONE) == (DataState.BLANK, Flags(0))
+
+
+def spoil_data_link(config: Config) -> None:
+    """Exchange the data file for a link to it."""
+    config.data_file.rename(config.data_file.with_name("elsewhere"))
+    config.data_file.symlink_to("elsewhere")
+
+
+def spoil_run_dir(config: Config) -> None:
+    """Let the directory of the sockets be a link into one that everybody writes to."""
+    wide = config.me.data_dir.parent / "wide"
+    (wide / "run").mkdir(parents=True)
+    wide.chmod(0o777)
+    config.me.run_dir.symlink_to(wide / "run")
+
+
+@pytest.mark.parametrize(
+    ("spoil_it", "parts"),
+    [
+        (lambda config: config.data_file.chmod(0o666), ["data: 0666"]),
+        (lambda config: config.metadata_file.chmod(0o640), ["meta: 0640"]),
+        (lambda config: config.me.data_dir.chmod(0o777), ["data_dir: 0777"]),
+        (lambda config: os.chown(config.me.data_dir, 12345, 0), ["data_dir: user 12345"]),
+        (lambda config: os.chown(config.data_file, 12345, 0), ["data: user 12345"]),
+        (
+            lambda config: (config.me.data_dir / "copy").hardlink_to(config.data_file),
+            ["data: 2 names"],
+        ),
+        (spoil_run_dir, ["run_dir: is a symbolic link", "run_dir: 0777"]),
+    ],
+)
+def test_check_warns_of_what_others_can_reach(
+    beta: Config, require_root: None, spoil_it: Callable[[Config], object], parts: list[str]
+) -> None:
+    """Breaks in the field: another user of the host writes into the mirror, or exchanges its files,
+    and the check calls it well.
+    """
+    beta.me.data_dir.parent.chmod(0o700)
+    admin.create(beta, 2 * MIB, join=True, adopt=False, sparse=True)
+    assert admin.check(beta.metadata_file, beta.me.run_dir).findings == ()
+    spoil_it(beta)
+    report = admin.check(beta.metadata_file, beta.me.run_dir)
+    assert not report.damaged
+    assert len(report.findings) == len(parts), report.findings
+    for finding, wanted in zip(report.findings, parts, strict=True):
+        part, _, words = wanted.partition(": ")
+        assert (finding.part, finding.severity) == (part, "warning")
+        assert words in finding.problem
+        assert finding.remedy
+
+
+def test_check_refuses_what_the_engine_refuses(beta: Config) -> None:
+    """If this fails, the check says "no damage" and the engine does not start."""
+    admin.create(beta, 2 * MIB, join=True, adopt=False, sparse=True)
+    spoil_data_link(beta)
+    (finding,) = admin.check(beta.metadata_file).findings
+    assert (finding.part, finding.severity) == ("data", "damage")
+    assert "symbolic link" in finding.problem
+    with pytest.raises(RefusedError, match="symbolic link"):
+        FileStore.open(beta.data_file, 2 * MIB, sparse=True)
 
 
 def test_check_leaves_a_running_engine_alone(alpha: Config) -> None:
