@@ -29,7 +29,7 @@ from nbdmirror.core.superblock import (
     decode,
     log_generations,
 )
-from nbdmirror.errors import ConfigError, MetadataError, RefusedError, StoreError
+from nbdmirror.errors import ConfigError, MetadataError, OutOfSpaceError, RefusedError, StoreError
 from nbdmirror.files import open_regular, store_error, sync_directory
 from nbdmirror.metastore import FileMetaStore, holder
 from nbdmirror.metastore import create as create_metadata
@@ -111,10 +111,13 @@ def create(
             undo.append(data.unlink)
         store.close()
         create_metadata(meta, superblock, superblock.geometry())
-    except BaseException:
+    except BaseException as error:
         for step in reversed(undo):
             with contextlib.suppress(OSError):  # the first error is the one to tell
                 step()
+        if isinstance(error, OutOfSpaceError) and not sparse:
+            where = f"{error.where} (make room, or reserve no space with `--sparse`)"
+            raise OutOfSpaceError(error.number, where) from error
         raise
     return superblock
 

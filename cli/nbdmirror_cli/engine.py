@@ -8,6 +8,7 @@ from typing import Any, Final
 import click
 
 from nbdmirror.control_client import ControlClient
+from nbdmirror.errors import RefusedError
 from nbdmirror.limits import COMMAND_TIMEOUT_MS
 from nbdmirror_cli.options import Source, config_options, json_option, print_json
 from nbdmirror_cli.view import (
@@ -16,6 +17,7 @@ from nbdmirror_cli.view import (
     force_loss,
     mode_of,
     no_promise_c,
+    phase_of,
     print_state,
     printable,
 )
@@ -76,7 +78,10 @@ def promote(source: Source, *, force: bool, yes: bool, as_json: bool) -> None:
         if force:
             _confirm(force_loss(facts), "Promote this node by force?", yes=yes)
         done = _command(client, facts, "promote", force=force)
-    _tell(done, "promote: this node is primary", as_json=as_json)
+    # A planned promotion ends the session; the peer comes back in its new role by itself.
+    waits = bool(done.get("frozen")) and phase_of(facts) == "synced"
+    mode = "waiting for the peer to return as secondary" if waits else ""
+    _tell(done, "promote: this node is primary", mode, as_json=as_json)
     if not as_json:
         click.echo(f"Note: {no_promise_c(str(facts.get('arbiter', 'none')))}")
 
@@ -112,8 +117,19 @@ def reconnected(source: Source, *, as_json: bool) -> None:
 @config_options
 @json_option
 def resync(source: Source, *, as_json: bool) -> None:
-    """Compare the whole device with the peer and copy what differs; run it on the source."""
-    _simple(source, "resync", "resync: comparing everything with the peer", as_json=as_json)
+    """Compare the whole device with the peer and copy what differs; run it on the source.
+
+    A session that runs is ended for it: writes wait until the peer is back, which takes a moment
+    (and is a freeze like any other if it does not come back). Until the copy is done the peer is no
+    second copy. Without a peer it is noted, and begins when the peer is met.
+    """
+    with _client(source) as client:
+        facts = client.call("state")
+        answer = _command(client, facts, "resync")
+    done = "resync: everything is compared with the peer, beginning with a new session"
+    if not phase_of(facts):
+        done = "resync: noted; the peer is not connected, everything is compared when it is met"
+    _tell(answer, done, as_json=as_json)
 
 
 @engine_group.command("drain")
@@ -143,6 +159,9 @@ def discard(source: Source, *, yes: bool, as_json: bool) -> None:
     """
     with _client(source) as client:
         facts = client.call("state")
+        if facts.get("role") == "primary":
+            # The engine would say the same; nobody shall confirm a loss for nothing.
+            raise RefusedError("discard: this node is primary; demote it first")
         size = bytes_text(facts.get("device_bytes"))
         loss = f"All {size} of this node's copy are given up; whatever only it holds is lost."
         _confirm(loss, "Give up this node's copy?", yes=yes)
@@ -204,12 +223,13 @@ def _simple(source: Source, name: str, done: str, *, as_json: bool) -> None:
     _tell(answer, done, as_json=as_json)
 
 
-def _tell(answer: dict[str, Any], done: str, *, as_json: bool) -> None:
+def _tell(answer: dict[str, Any], done: str, mode: str = "", *, as_json: bool) -> None:
+    """Say that it was done, and what the node is now; `mode` in other words than the state's."""
     if as_json:
         print_json(answer)
         return
-    mode = f" (now {answer['role']}, {mode_of(answer)})" if "role" in answer else ""
-    click.echo(printable(f"{done}{mode}"))
+    now = f" (now {answer['role']}, {mode or mode_of(answer)})" if "role" in answer else ""
+    click.echo(printable(f"{done}{now}"))
 
 
 def _confirm(loss: str, question: str, *, yes: bool) -> None:
@@ -219,7 +239,8 @@ def _confirm(loss: str, question: str, *, yes: bool) -> None:
         return
     if not sys.stdin.isatty():
         raise click.UsageError("nobody is there to confirm this; add --yes if it is meant")
-    click.confirm(question, abort=True, err=True)
+    if not click.confirm(question, err=True):
+        raise RefusedError("not confirmed; nothing was done")
 
 
 def _event_text(event: dict[str, Any]) -> str:

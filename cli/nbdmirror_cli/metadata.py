@@ -65,9 +65,8 @@ def create(
     if join:
         click.echo("This copy is blank: it is filled when the other node's engine is met.")
     else:
-        click.echo(
-            f"Next, on {config.peer.name}: nbdmirror metadata create --join --size {size_text}"
-        )
+        options = f"{source.words} --join --size {size_text}{' --sparse' if sparse else ''}"
+        click.echo(f"Next, on {config.peer.name}: nbdmirror metadata create {options}")
 
 
 @metadata_group.command("show")

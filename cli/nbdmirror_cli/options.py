@@ -4,6 +4,7 @@ Owns how a command finds its configuration. Must never read the key for a comman
 """
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,13 @@ class Source:
     def load(self, *, with_key: bool) -> Config:
         """Read and check it. Raises ConfigError."""
         return load(self.path, self.node, with_key=with_key)
+
+    @property
+    def words(self) -> str:
+        """The options that name it on the other node, too."""
+        if self.path.parent == CONFIG_DIRECTORY and self.path.suffix == ".toml":
+            return f"-m {shlex.quote(self.path.stem)}"
+        return f"-c {shlex.quote(str(self.path))}"
 
 
 def config_options(command: _Command) -> _Command:

@@ -1,5 +1,6 @@
 """Creating, showing and checking the files of a node."""
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,13 @@ import pytest
 from nbdmirror import admin
 from nbdmirror.config import Config, load
 from nbdmirror.core.superblock import DataState, Flags, choose
-from nbdmirror.errors import ConfigError, MetadataError, RefusedError, StoreError
+from nbdmirror.errors import (
+    ConfigError,
+    MetadataError,
+    OutOfSpaceError,
+    RefusedError,
+    StoreError,
+)
 from nbdmirror.limits import LOG_OFFSET_BYTES, MAP_OFFSET_BYTES
 from nbdmirror.metastore import FileMetaStore
 from nbdmirror.store import FileStore
@@ -102,6 +109,23 @@ def test_a_half_done_creation_is_undone(alpha: Config) -> None:
     with file_size_limit(MAP_OFFSET_BYTES), pytest.raises(StoreError, match="meta"):
         admin.create(alpha, 1 * MIB, join=False, adopt=False, sparse=False)
     assert not alpha.me.data_dir.exists()
+
+
+def test_a_full_disk_names_the_way_without_space(
+    alpha: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If this fails, whoever lacks the space does not learn that there is a way without."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OutOfSpaceError, match=r"reserve 1048576 bytes .*`--sparse`.*ENOSPC"):
+        admin.create(alpha, MIB, join=False, adopt=False, sparse=False)
+    assert not alpha.me.data_dir.exists()
+    with pytest.raises(OutOfSpaceError) as caught:  # the metadata is never sparse
+        admin.create(alpha, MIB, join=False, adopt=False, sparse=True)
+    assert "--sparse" not in str(caught.value)
 
 
 def test_an_adopted_file_survives_a_failed_creation(alpha: Config) -> None:

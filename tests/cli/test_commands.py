@@ -1,7 +1,9 @@
 """The command line: exit codes, words, and what is sent to the engine."""
 
 import inspect
+import io
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,7 +90,8 @@ def test_a_new_mirror_from_the_command_line(shell: Shell) -> None:
     assert "no mistakes" in shell.out
     assert "does not give (c)" in shell.out
     assert shell("metadata", "create", "--size", "8MiB") == 0
-    assert "metadata create --join --size 8MiB" in shell.out
+    again = f"metadata create -c {shell.base}/demo.toml --join --size 8MiB"
+    assert shell.out.splitlines()[-1].endswith(again)
     assert shell("metadata", "create", "--size", "8MiB", "--join", node="beta") == 0
     assert shell("metadata", "create", "--size", "8MiB") == errors.RefusedError.exit_code
     assert "not overwritten" in shell.err
@@ -254,7 +257,7 @@ def test_a_loss_is_named_and_confirmed(
     shell: Shell, engine: FakeEngine, words: tuple[str, ...], state: str, loss: str
 ) -> None:
     """If this fails, one word destroys the better copy."""
-    engine.state["data_state"] = state
+    engine.state.update(data_state=state, role="none")
     assert shell("engine", *words) == 2  # nobody is at the terminal
     assert loss in shell.err
     assert "--yes" in shell.err
@@ -262,6 +265,72 @@ def test_a_loss_is_named_and_confirmed(
     assert shell("engine", *words, "--yes") == 0
     assert loss in shell.err
     assert engine.requests[-1]["command"] == words[0]
+
+
+def test_a_loss_that_is_not_confirmed_is_not_suffered(
+    shell: Shell, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If this fails, "n" counts as yes, or nobody knows whether it did."""
+    monkeypatch.setattr(sys, "stdin", Terminal("n\n"))
+    assert shell("engine", "promote", "--force") == errors.RefusedError.exit_code
+    assert "not confirmed; nothing was done" in shell.err
+    assert [request["command"] for request in engine.requests] == ["state"]
+
+
+class Terminal(io.StringIO):
+    """Standard input with somebody at it."""
+
+    def isatty(self) -> bool:
+        """Somebody can answer."""
+        return True
+
+
+def test_nobody_confirms_a_discard_that_is_refused(shell: Shell, engine: FakeEngine) -> None:
+    """If this fails, an operator agrees to lose a copy and is then told to do something else."""
+    assert shell("engine", "discard", "--yes") == errors.RefusedError.exit_code
+    assert "discard: this node is primary; demote it first" in shell.err
+    assert "are given up" not in shell.err
+    assert [request["command"] for request in engine.requests] == ["state"]
+
+
+def answer_after(engine: FakeEngine, change: dict[str, Any]) -> None:
+    """Let the engine's state change with the next command."""
+
+    def script(request: dict[str, Any]) -> list[Any]:
+        if request["command"] != "state":
+            engine.state.update(change)
+        return engine.answer(request)
+
+    engine.script = script
+
+
+@pytest.mark.parametrize(
+    ("session", "said"), [(STATE["session"], "a new session"), (None, "noted; the peer is not")]
+)
+def test_resync_says_when_it_compares(
+    shell: Shell, engine: FakeEngine, session: object, said: str
+) -> None:
+    """If this fails, an operator waits for the end of a comparison that does not run."""
+    engine.state["session"] = session
+    answer_after(engine, {"session": None})
+    assert shell("engine", "resync") == 0
+    assert said in shell.out
+
+
+def test_a_planned_promotion_is_no_freeze(shell: Shell, engine: FakeEngine) -> None:
+    """If this fails, a swap that goes well looks like one that needs an answer."""
+    engine.state["role"] = "none"
+    answer_after(engine, {"role": "primary", "session": None, "frozen": True})
+    assert shell("engine", "promote") == 0
+    assert "(now primary, waiting for the peer to return as secondary)" in shell.out
+
+
+def test_the_next_command_is_complete(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, the line that is copied to the other node is refused or makes another file."""
+    monkeypatch.setattr(options, "CONFIG_DIRECTORY", shell.base)
+    assert shell("metadata", "create", "--size", "8MiB", "--sparse") == 0
+    wanted = "Next, on beta: nbdmirror metadata create -m demo --join --size 8MiB --sparse"
+    assert shell.out.splitlines()[-1] == wanted
 
 
 def test_events_are_lines(shell: Shell, engine: FakeEngine) -> None:
