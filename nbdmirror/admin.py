@@ -194,7 +194,7 @@ def superblock_facts(sb: Superblock) -> dict[str, Any]:
         elif isinstance(value, tuple):
             facts[name] = [each.hex() for each in value]
         elif isinstance(value, Flags):
-            facts[name] = [str(flag.name).lower().replace("_", "-") for flag in value]
+            facts[name] = [str(flag.name).lower() for flag in value]  # as the engine's state
         elif name in {"data_state", "pending_kind", "arbiter"}:
             facts[name] = value.name.lower().replace("_", "-")
         else:

@@ -98,6 +98,8 @@ def flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     for key, value in facts.items():
         if isinstance(value, dict):
             rows += flat(value, f"{prefix}{key}.")
+        elif isinstance(value, bool):
+            rows.append((f"{prefix}{key}", str(value).lower()))  # as the file has it
         else:
             rows.append((f"{prefix}{key}", "-" if value is None else str(value)))
     return rows

@@ -8,7 +8,7 @@ from nbdmirror import admin
 from nbdmirror.config import format_size
 from nbdmirror.errors import MetadataError
 from nbdmirror_cli.options import SizeType, Source, config_options, json_option, print_json
-from nbdmirror_cli.view import bytes_text, print_table, printable
+from nbdmirror_cli.view import bytes_text, plain, print_table, printable
 
 
 @click.group("metadata")
@@ -84,12 +84,12 @@ def show(source: Source, *, as_json: bool) -> None:
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     rows = []
     for key, value in facts.items():
-        if isinstance(value, list):
-            text = ("\n" if key == "notes" else ", ").join(map(str, value)) or "-"
+        if key == "notes":
+            text = "\n".join(map(str, value)) or "-"
         elif key.endswith("_bytes"):
             text = bytes_text(value)
         else:
-            text = "-" if value is None or value == "" else str(value)
+            text = plain(value)
         rows.append((key.replace("_", " "), text))
     return rows
 

@@ -29,6 +29,11 @@ PROMISE_C: Final = (
     "by itself"
 )
 ONE_COPY: Final = "one copy: until the peer is in sync again, the loss of this node loses writes"
+SPLIT_BRAIN: Final = "Split brain"
+SPLIT_BRAIN_REMEDY: Final = (
+    "save what only the losing copy has; then, on the node whose copy is given up (and nowhere "
+    "else): `nbdmirror engine demote` if it is primary, then `nbdmirror engine discard`"
+)
 _SHOWN: Final = {
     *("mirror", "node", "node_id", "role", "right_alone", "data_state", "generation"),
     *("frozen", "frozen_reason", "question", "failed", "refusal", "arbiter"),
@@ -112,7 +117,7 @@ def print_state(state: dict[str, Any]) -> None:
         ("role", str(state.get("role", "?"))),
         ("mode", mode_of(state)),
         ("data state", str(state.get("data_state", "?"))),
-        ("generation", str(state.get("generation") or "-")),
+        ("generation", id_text(state.get("generation"))),
         ("dirty", bytes_text(state.get("dirty_bytes"))),
         ("device", bytes_text(state.get("device_bytes"))),
         ("session", _session_text(state)),
@@ -125,8 +130,10 @@ def print_state(state: dict[str, Any]) -> None:
         for name, key in (("frozen", "frozen_reason"), ("failed", "failed"), ("refused", "refusal"))
         if state.get(key)
     ]
+    if str(state.get("refusal", "")).startswith(SPLIT_BRAIN):
+        rows.append(("remedy", SPLIT_BRAIN_REMEDY))
     rows += [
-        (key.replace("_", " "), _plain(value)) for key, value in state.items() if key not in _SHOWN
+        (key.replace("_", " "), plain(value)) for key, value in state.items() if key not in _SHOWN
     ]
     if state.get("question"):
         question = str(state["question"])
@@ -157,7 +164,13 @@ def _resync_text(state: dict[str, Any]) -> str:
     )
 
 
-def _plain(value: object) -> str:
+def id_text(value: object) -> str:
+    """A generation or another id; "-" for none, which is empty or all zeros."""
+    return str(value) if value and str(value).strip("0") else "-"
+
+
+def plain(value: object) -> str:
+    """A fact of no special kind."""
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "-"
     if isinstance(value, bool):

@@ -120,8 +120,8 @@ def require_known_peer(node: Node, session: Session) -> None:
     if any(known) and known != session.peer.node_uuid:
         raise PeerRefusedError(
             f"the peer has the identity {session.peer.node_uuid.hex()}, this mirror knows "
-            f"{known.hex()}: if its metadata was made anew, accept it on this node with "
-            "`nbdmirror engine accept-peer`"
+            f"{known.hex()}: if that node's metadata was made anew, accept it on node "
+            f"{node.sb.node_id} with `nbdmirror engine accept-peer`"
         )
 
 

@@ -5,13 +5,16 @@ import io
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 
-from nbdmirror import errors
+from nbdmirror import admin, errors
+from nbdmirror.config import load
+from nbdmirror.core.superblock import Flags
 from nbdmirror.errors import NbdMirrorError
 from nbdmirror_cli import options
 from nbdmirror_cli.main import nbdmirror, run
@@ -153,6 +156,10 @@ def test_the_configuration_shown_has_no_secret(shell: Shell) -> None:
         ({"failed": "fdatasync: EIO", "session": None}, ["failed", "EIO"]),
         ({"session": 3, "resync": 4, "dirty_bytes": "?", "new": [1]}, ["new", "does not give (c)"]),
         ({"refusal": "\x1b[2Jother mirror"}, ["other mirror"]),
+        (
+            {"refusal": "Split brain: nodes 1 and 2 each went on"},
+            ["Split brain", "on the node whose copy is given up", "engine discard"],
+        ),
     ],
 )
 def test_the_state_says_what_holds(
@@ -331,6 +338,30 @@ def test_the_next_command_is_complete(shell: Shell, monkeypatch: pytest.MonkeyPa
     assert shell("metadata", "create", "--size", "8MiB", "--sparse") == 0
     wanted = "Next, on beta: nbdmirror metadata create -m demo --join --size 8MiB --sparse"
     assert shell.out.splitlines()[-1] == wanted
+
+
+def rows_of(text: str) -> dict[str, str]:
+    """The rows of a printed table."""
+    cells = [[each.strip() for each in line.split("│")] for line in text.splitlines()]
+    return {row[1]: row[2] for row in cells if len(row) == 4}
+
+
+def test_one_thing_has_one_word(shell: Shell, engine: FakeEngine) -> None:
+    """If this fails, a flag that the state shows is not found in the metadata, or the reverse."""
+    assert shell("metadata", "create", "--size", "8MiB", "--join", node="beta") == 0
+    assert shell("metadata", "show", node="beta") == 0
+    rows = rows_of(shell.out)
+    assert (rows["generation"], rows["fell back"]) == ("-", "no")
+    engine.state.update(generation="00" * 16, fell_back=False)
+    assert shell("engine", "state") == 0
+    rows = rows_of(shell.out)
+    assert (rows["generation"], rows["fell back"]) == ("-", "no")
+    assert shell("config", "show") == 0
+    assert rows_of(shell.out)["engine.lock_memory"] == "true"
+    config = load(shell.base / "demo.toml", "alpha")
+    born = admin.first_superblock(config, 1 << 30, join=False, zeroed=True)
+    facts = admin.superblock_facts(replace(born, flags=Flags.WAS_PRIMARY))
+    assert facts["flags"] == STATE["flags"]
 
 
 def test_events_are_lines(shell: Shell, engine: FakeEngine) -> None:
