@@ -204,6 +204,7 @@ class Demo:
     def resync(self) -> None:
         """Step 11."""
         self.report.step("the engine of node one returns; only what changed is copied")
+        self.report.note("the application goes on writing meanwhile, and that is copied, too")
         began_s = time.monotonic()
         self.one.start()
         self.wait_in_sync(self.two, self.one)
@@ -224,6 +225,10 @@ class Demo:
         self.report.figure("device size", f"{self._device_bytes:,}")
         self.report.figure("engine started to in sync", f"{took_s:.2f} s")
         self.report.note(f"{copied:,} of {self._device_bytes:,} bytes copied in {took_s:.2f} s")
+        self.report.note(
+            "in it: what had changed before, what the application wrote meanwhile, and what"
+            " differed in the regions that were hot at the kill"
+        )
         self.report.check(
             "only what changed was copied (less than a tenth of the device)",
             held=0 < copied < self._device_bytes / 10,
