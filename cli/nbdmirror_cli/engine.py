@@ -129,7 +129,8 @@ def resync(source: Source, *, as_json: bool) -> None:
     done = "resync: everything is compared with the peer, beginning with a new session"
     if not phase_of(facts):
         done = "resync: noted; the peer is not connected, everything is compared when it is met"
-    _tell(answer, done, as_json=as_json)
+    mode = "waiting for the peer to return" if answer.get("frozen") and phase_of(facts) else ""
+    _tell(answer, done, mode, as_json=as_json)
 
 
 @engine_group.command("drain")

@@ -130,7 +130,7 @@ def print_state(state: dict[str, Any]) -> None:
         for name, key in (("frozen", "frozen_reason"), ("failed", "failed"), ("refused", "refusal"))
         if state.get(key)
     ]
-    if str(state.get("refusal", "")).startswith(SPLIT_BRAIN):
+    if SPLIT_BRAIN in str(state.get("refusal", "")):  # the peer's words have a prefix
         rows.append(("remedy", SPLIT_BRAIN_REMEDY))
     rows += [
         (key.replace("_", " "), plain(value)) for key, value in state.items() if key not in _SHOWN

@@ -157,7 +157,7 @@ def test_the_configuration_shown_has_no_secret(shell: Shell) -> None:
         ({"session": 3, "resync": 4, "dirty_bytes": "?", "new": [1]}, ["new", "does not give (c)"]),
         ({"refusal": "\x1b[2Jother mirror"}, ["other mirror"]),
         (
-            {"refusal": "Split brain: nodes 1 and 2 each went on"},
+            {"refusal": "peer: Split brain: nodes 1 and 2 each went on"},
             ["Split brain", "on the node whose copy is given up", "engine discard"],
         ),
     ],
@@ -319,8 +319,9 @@ def test_resync_says_when_it_compares(
 ) -> None:
     """If this fails, an operator waits for the end of a comparison that does not run."""
     engine.state["session"] = session
-    answer_after(engine, {"session": None})
+    answer_after(engine, {"session": None, "frozen": True})
     assert shell("engine", "resync") == 0
+    assert ("waiting for the peer to return" in shell.out) == (session is not None)
     assert said in shell.out
 
 
