@@ -12,6 +12,10 @@ from typing import Any
 
 import pytest
 
+from tests.support.fixtures import make_pair, pair
+
+__all__ = ["FakeEngine", "base", "engine", "make_pair", "pair"]
+
 CONFIG = """
 mirror = "demo"
 key_file = "{base}/key"
