@@ -236,7 +236,7 @@ def test_each_kind_of_error_is_named_in_json(shell: Shell, engine: FakeEngine) -
 def test_mistakes_are_a_list_in_json(shell: Shell) -> None:
     """If this fails, a deployment can show its operator only that something is wrong."""
     path = shell.base / "demo.toml"
-    path.write_text(path.read_text(encoding="utf-8") + "colour = 1\n[engine]\nthreads = 0\n")
+    path.write_text(path.read_text(encoding="utf-8") + "colour = 1\n[engine]\nthreads = 65\n")
     assert shell("config", "check", "--json") == errors.ConfigError.exit_code
     facts = json.loads(shell.out)
     assert [line.partition(" ")[0] for line in facts["mistakes"]] == [

@@ -140,7 +140,7 @@ tcp = "127.0.0.1"
         'node.beta.data_dir = "here":',
         "node.beta.adress: unknown key; did you mean address?",
         'device.extent = "5KiB": not a power of two; expected 4KiB to 1MiB',
-        "engine.threads = true: not a whole number; expected 1 to 64",
+        "engine.threads = true: not a whole number; expected",
         'engine.flush_bytes = "64MB":',
         'engine.resync_rate = "1KiB": slower than one resync block',
         "engine.freeze_limit_ms = 1600: a freeze would end before it begins",
@@ -333,9 +333,9 @@ def test_an_address_is_the_same_in_every_spelling(key: Path, one: str, other: st
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ("threads = 1979-05-27", "engine.threads = 1979-05-27: not a whole number; expected 1 to"),
-        ("threads = [1]", "engine.threads = a list: not a whole number; expected 1 to"),
-        ("threads = 65", "engine.threads = 65: too large; expected 1 to"),
+        ("threads = 1979-05-27", "engine.threads = 1979-05-27: not a whole number; expected"),
+        ("threads = [1]", "engine.threads = a list: not a whole number; expected"),
+        ("threads = 65", "engine.threads = 65: too large; expected"),
         ("on_freeze = true", 'engine.on_freeze = true: none of the words; expected "ask" or'),
         ("lock_memory = 1", "engine.lock_memory = 1: neither true nor false; expected true or"),
         (r'"a\u001b[2Jb" = 1', r'engine."a\u001b[2Jb": unknown key; known here'),

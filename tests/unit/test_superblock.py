@@ -347,7 +347,7 @@ def test_a_lost_write_of_slot_1_is_a_fall_back() -> None:
         ((NEW_BLOCK, encode(replace(NEW, term=10))), "two states with sequence 42"),
         ((NEW_BLOCK, encode(replace(OLD, mirror_id=b"o" * 16))), "two identities"),
         ((NEW_BLOCK, encode(replace(OLD, node_uuid=b"o" * 16))), "two identities"),
-        ((ROTTEN, bytes(4096)), "slot 0: .*checksum.*slot 1: .*never written.*create --adopt"),
+        ((ROTTEN, bytes(4096)), "slot 0: .*checksum.*slot 1: .*never written.*--join --adopt"),
         ((patched(NEW_BLOCK, 8, b"\0\2"), OLD_BLOCK), "newer program"),
         ((OLD_BLOCK, patched(NEW_BLOCK, 8, b"\0\2")), "newer program"),
     ],
