@@ -424,8 +424,8 @@ TABLE: Final[tuple[Row, ...]] = (
     Row(
         "nothing in common", lambda _pair: True, _fixed(DecisionKind.UNRELATED), _nobody,
         "Nodes {low} and {high} hold data with nothing in common, so neither is overwritten; if one"
-        " of them is to be replaced, make it blank on purpose, or give good data a new identity"
-        " with `nbdmirror metadata create --adopt`.",
+        " of them is to be replaced, stop it, move its metadata file away, and there"
+        " `nbdmirror metadata create --join --adopt`.",
     ),
 )  # fmt: skip
 

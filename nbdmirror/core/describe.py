@@ -14,7 +14,7 @@ def describe(node: Node) -> dict[str, Any]:
         "node_id": sb.node_id,
         "role": node.role.value,
         "data_state": sb.data_state.name.lower(),
-        "generation": sb.generation.hex(),
+        "generation": sb.generation.hex() if any(sb.generation) else "",
         "base": [g.hex() for g in sb.base],
         "pending": sb.pending.hex() if any(sb.pending) else "",
         "pending_kind": sb.pending_kind.name.lower(),
