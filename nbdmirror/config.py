@@ -29,7 +29,6 @@ from nbdmirror.config_schema import (
     NAME_CHARS_MAX,
     NODE_NAME,
     SECTIONS,
-    SOCKET_PATH_BYTES_MAX,
     Address,
     ConfigFile,
     DeviceSection,
@@ -43,7 +42,7 @@ from nbdmirror.core.messages import printable
 from nbdmirror.core.superblock import ArbiterKind
 from nbdmirror.errors import ConfigError, RefusedError, StoreError
 from nbdmirror.files import open_regular
-from nbdmirror.limits import KEY_BYTES_MAX, KEY_BYTES_MIN, MIB
+from nbdmirror.limits import KEY_BYTES_MAX, KEY_BYTES_MIN, MIB, SOCKET_PATH_BYTES_MAX
 
 __all__ = ["KEYS", "Address", "Config", "Node", "format_size", "load", "parse_size"]
 

@@ -30,6 +30,7 @@ from nbdmirror.limits import (
     REGION_BYTES_MIN,
     RESYNC_CHUNK_BYTES,
     SILENCE_MS,
+    SOCKET_PATH_BYTES_MAX,
     TIB,
 )
 
@@ -44,8 +45,6 @@ FLUSH_BYTES_MAX: Final = 4 * GIB
 RESYNC_RATE_BYTES_MAX: Final = 1 * TIB
 FREEZE_LIMIT_MS_MAX: Final = 3_600_000
 PATH_BYTES_MAX: Final = 4096
-# sun_path of unix(7) has 108 bytes with the closing zero.
-SOCKET_PATH_BYTES_MAX: Final = 107
 
 _NAME: Final = re.compile(rf"[a-z0-9][a-z0-9-]{{0,{NAME_CHARS_MAX - 1}}}")
 NODE_NAME: Final = re.compile(rf"[a-z0-9][a-z0-9.-]{{0,{NAME_CHARS_MAX - 1}}}")

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Final
 
 from nbdmirror.errors import ConfigError, NbdMirrorError, OutOfSpaceError, RefusedError, StoreError
+from nbdmirror.limits import SOCKET_PATH_BYTES_MAX
 
 FILE_MODE: Final = 0o600
-# sun_path of unix(7) has 108 bytes with the closing zero.
-SOCKET_PATH_BYTES_MAX: Final = 107
 SPACE_ERRNOS: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 

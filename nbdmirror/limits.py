@@ -66,6 +66,9 @@ QUIESCE_TIMEOUT_MS: Final = 10_000
 NEGOTIATION_TIMEOUT_MS: Final = 10_000
 CONTROL_ANSWER_TIMEOUT_MS: Final = 10_000
 
+# sun_path of unix(7) has 108 bytes with the closing zero.
+SOCKET_PATH_BYTES_MAX: Final = 107
+
 # Resync.
 RESYNC_CHUNK_BYTES: Final = 1 * MIB
 HASH_BLOCK_BYTES: Final = 32 * KIB
