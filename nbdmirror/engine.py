@@ -6,6 +6,7 @@ operations; one uvloop thread owns the peer channel, the control socket and the 
 """
 
 import asyncio
+import contextlib
 import os
 import secrets
 import socket
@@ -240,7 +241,8 @@ class Engine:
         if not task.cancelled() and task.exception() is not None:
             reason = f"peer port: {task.exception()}"
             self.events.emit("fatal", reason=reason)
-            sys.stderr.write(f"nbdmirror: {reason}\n")
+            with contextlib.suppress(OSError):
+                sys.stderr.write(f"nbdmirror: {reason}\n")
 
     def exit(self) -> None:
         """End the process now. The metadata is what `roles.stop` left; nothing else needs a

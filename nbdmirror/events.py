@@ -46,8 +46,8 @@ class Repeats:
     def __init__(self) -> None:
         # (kind, text) -> when it was told last, and how often it came since.
         self._seen: OrderedDict[tuple[str, str], tuple[float, int]] = OrderedDict()
-        self._tokens = float(BURST_MAX)
-        self._filled_s = 0.0
+        # Of each kind: strangers cannot silence what only the peer can cause.
+        self._tokens: dict[str, tuple[float, float]] = {}
         self._dropped_count = 0
         self._lived = False
 
@@ -67,13 +67,13 @@ class Repeats:
             self._seen[key] = (told_s, count + 1)
             self._seen.move_to_end(key)
             return None
-        self._tokens += (now_s - self._filled_s) / REFILL_S
-        self._tokens = min(self._tokens, float(BURST_MAX))
-        self._filled_s = now_s
-        if self._tokens < 1:
+        tokens, filled_s = self._tokens.get(kind, (float(BURST_MAX), 0.0))
+        tokens = min(tokens + (now_s - filled_s) / REFILL_S, float(BURST_MAX))
+        if tokens < 1:
+            self._tokens[kind] = (tokens, now_s)
             self._dropped_count += 1
             return None
-        self._tokens -= 1
+        self._tokens[kind] = (tokens - 1, now_s)
         self._seen[key] = (now_s, 0)
         self._seen.move_to_end(key)
         if len(self._seen) > MERGED_MAX:

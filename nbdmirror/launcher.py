@@ -24,6 +24,7 @@ from nbdmirror.config import Address, Config
 from nbdmirror.control_client import ControlClient
 from nbdmirror.errors import ConfigError, NbdMirrorError, RefusedError, UnreachableError
 from nbdmirror.files import path_error, remove_socket, require_socket_path
+from nbdmirror.journal import STDERR, Journal
 
 LISTEN_FDS_START: Final = 3
 LISTEN_BACKLOG: Final = 64
@@ -53,10 +54,13 @@ def run(config: Config) -> int:
     lock = take_lock(run_dir / "launcher.lock")
     require_no_engine(config.control_socket)
     sockets = listening_sockets(config)
+    journal = Journal()
     try:
-        pid = start(config, sockets)
-        return Watcher(config, pid).watch()
+        pid = start(config, sockets, journal)
+        journal.start()
+        return Watcher(config, pid, journal).watch()
     finally:
+        journal.close()
         for each in sockets:
             each.close()
         with contextlib.suppress(OSError, RefusedError):
@@ -248,7 +252,7 @@ def environment() -> dict[str, str]:
     }
 
 
-def start(config: Config, sockets: list[socket.socket]) -> int:
+def start(config: Config, sockets: list[socket.socket], journal: Journal) -> int:
     """Fork and become nbdkit, with the sockets from descriptor 3 on; returns its pid."""
     arguments = command_line(config)
     variables = environment()
@@ -259,6 +263,7 @@ def start(config: Config, sockets: list[socket.socket]) -> int:
         # What the terminal or the service manager sends to the launcher's group is the launcher's
         # to answer: it stops the engine in order. nbdkit by itself would only end.
         os.setsid()
+        os.dup2(journal.write_end, STDERR)
         # First away from the low numbers, then to their places.
         high = [fcntl.fcntl(each.fileno(), fcntl.F_DUPFD_CLOEXEC, 64) for each in sockets]
         for index, descriptor in enumerate(high):
@@ -275,8 +280,9 @@ def start(config: Config, sockets: list[socket.socket]) -> int:
 class Watcher:
     """Waits for the engine's end, for signals, and answers freezes where it may."""
 
-    def __init__(self, config: Config, pid: int) -> None:
+    def __init__(self, config: Config, pid: int, journal: Journal) -> None:
         self._config = config
+        self._journal = journal
         self._pid = pid
         self._pidfd = os.pidfd_open(pid)
         self._signals_read, signals_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -310,7 +316,7 @@ class Watcher:
             state = self._client.call("state")
             self._client.call("stop", instance=state["instance"], epoch=state["epoch"])
         except NbdMirrorError as error:
-            sys.stderr.write(f"nbdmirror: stop: {error}\n")
+            self._journal.say(f"stop: {error}")
             self._end()
 
     def _end(self) -> None:
@@ -325,6 +331,6 @@ class Watcher:
             state = self._client.call("state")
             if state["question"] == "frozen":
                 self._client.call("alone", instance=state["instance"], epoch=state["epoch"])
-                sys.stderr.write(f"nbdmirror: alone: {state['frozen_reason']}\n")
+                self._journal.say(f"alone: {state['frozen_reason']}")
         except (UnreachableError, RefusedError):
             return

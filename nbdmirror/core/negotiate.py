@@ -35,6 +35,7 @@ from nbdmirror.errors import (
     NbdMirrorError,
     PeerProtocolError,
     PeerRefusedError,
+    RefusedError,
     SessionLostError,
     StoreError,
 )
@@ -50,7 +51,7 @@ def negotiate(node: Node, session: Session) -> Path:
         yield from meet(node, session)
     except SessionLostError:
         pass
-    except PeerRefusedError as error:
+    except (PeerRefusedError, RefusedError) as error:
         node.refusal = str(error)
         node.shell.emit("refused", reason=str(error))
         session.tell(Bye(reason=str(error)))

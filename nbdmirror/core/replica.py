@@ -27,6 +27,8 @@ from nbdmirror.limits import HASH_BLOCK_BYTES, MIB
 RANGED = frozenset({FrameType.ZERO, FrameType.TRIM, FrameType.RESYNC_ZERO})
 RESYNC = frozenset({FrameType.RESYNC_DATA, FrameType.RESYNC_ZERO})
 ACK_BYTES = MIB
+# What the smallest frame counts for: a disk can be slow in requests as well as in bytes.
+ACK_BYTES_OF_FRAME = ACK_BYTES // 32
 WRITES = frozenset({FrameType.WRITE, FrameType.RESYNC_DATA}) | RANGED
 
 
@@ -85,7 +87,7 @@ def apply(node: Node, session: Session, frames: list[Frame]) -> Path:
             if frame.type is FrameType.WRITE:
                 yield (node.store.pwrite, frame.payload, frame.offset)
                 session.applied_seq = frame.seq
-                unacknowledged += len(frame.payload)
+                unacknowledged += max(len(frame.payload), ACK_BYTES_OF_FRAME)
                 if frame.flags:
                     want_flush(node, session, frame.seq)
             else:

@@ -16,6 +16,8 @@ from nbdmirror.limits import KEEPALIVE_MS, SILENCE_MS
 FLUSH_DEADLINE_FACTOR = 5
 LOCAL_IO_FACTOR = 5
 PROGRESS_MS = 1_000
+# What each tick counts for at least: who is never awake for longer is awake all the same.
+TICK_MS = 100
 TIDY_MS = 5_000
 HOT_REGIONS_KEPT_COUNT = 32
 
@@ -50,7 +52,7 @@ class Upkeep:
         if session is not self.session:
             self.restart(session, now_ms)
         elif gap > SILENCE_MS // 2:
-            self.slept(gap)
+            self.slept(gap - TICK_MS)
         if session is not None:
             self.deadlines(session, now_ms)
             self.echo(session, now_ms)

@@ -315,6 +315,23 @@ def slow_peer_makes_progress(s: Scene) -> None:
     assert not s.told("session-lost")
 
 
+def slow_peer_takes_small_writes(s: Scene) -> None:
+    """The same with many small writes: B is slow in requests, not in bytes."""
+    s.pair()
+    store = s.life(s.b).store
+    pwrite = store.pwrite
+
+    def slow(buffer: ReadBuffer, offset: int) -> Any:
+        operation = pwrite(buffer, offset)
+        operation.delay_ms = 10
+        return operation
+
+    store.pwrite = slow  # type: ignore[method-assign]
+    pending = [s.begin_write(s.a, 2 * n) for n in range(5 * ACK_TIMEOUT_MS // 40)]
+    s.until(lambda: all(request.acknowledged for request in pending))
+    assert not s.told("session-lost")
+
+
 def block_status_waits_for_a_zero(s: Scene) -> None:
     """That a range reads as zeros is shown when both have it: after a failover it may be data."""
     s.pair()

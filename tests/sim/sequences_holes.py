@@ -15,7 +15,6 @@ from nbdmirror.limits import (
     LOG_OFFSET_BYTES,
     MAP_OFFSET_BYTES,
     META_BLOCK_BYTES,
-    SILENCE_MS,
     WINDOW_BYTES_MAX,
 )
 from tests.sim.arbiter import Held
@@ -462,20 +461,6 @@ def command_while_the_peers_word_is_stored(s: Scene) -> None:
     s.command(s.b, roles.decided_under(node, node.epoch, roles.promote(node)))
     assert Flags.PEER_OUTDATED in s.on_disk(s.b).flags
     assert node.role is Role.PRIMARY
-
-
-def paused_again_and_again(s: Scene) -> None:
-    """A is awake for moments only: it loses the peer that is gone all the same, and later."""
-    s.pair()
-    session = s.session(s.a)
-    s.cut()
-    awake_ms, rounds = 500, 0
-    while session.live:
-        s.a.pause(2 * SILENCE_MS)
-        s.run(2 * SILENCE_MS + awake_ms)
-        rounds += 1
-        assert rounds * awake_ms < 3 * ACK_TIMEOUT_MS
-    assert rounds * awake_ms >= ACK_TIMEOUT_MS - awake_ms
 
 
 def swap_of_roles(s: Scene) -> None:

@@ -10,7 +10,7 @@ from nbdmirror.core import roles
 from nbdmirror.core.node import Role
 from nbdmirror.core.superblock import DataState, Flags, PendingKind
 from nbdmirror.errors import StoreError
-from nbdmirror.limits import BASE_COUNT_MAX
+from nbdmirror.limits import ACK_TIMEOUT_MS, BASE_COUNT_MAX, SILENCE_MS
 from tests.sim.sequences_crashes import begin_resync
 from tests.sim.sequences_scene import Scene
 
@@ -276,3 +276,30 @@ def joint_generation_in_the_cache_only(s: Scene) -> None:
     s.synced()
     assert s.row(s.a) == "in the base: COPY_BY_MAP"
     s.both_have(kept)
+
+
+def paused_again_and_again(s: Scene) -> None:
+    """A is awake for moments only: it loses the peer that is gone all the same, and later."""
+    s.pair()
+    session = s.session(s.a)
+    s.cut()
+    awake_ms, rounds = 500, 0
+    while session.live:
+        s.a.pause(2 * SILENCE_MS)
+        s.run(2 * SILENCE_MS + awake_ms)
+        rounds += 1
+        assert rounds * awake_ms < 3 * ACK_TIMEOUT_MS
+    assert rounds * awake_ms >= ACK_TIMEOUT_MS - awake_ms
+
+
+def awake_for_moments(s: Scene) -> None:
+    """A is never awake for longer than one tick: even so it loses a peer that is gone, in time."""
+    s.pair()
+    session = s.session(s.a)
+    s.cut()
+    for _ in range(100):
+        s.a.pause(SILENCE_MS // 2 + 100)
+        s.run(SILENCE_MS // 2 + 120)
+        if not session.live:
+            return
+    raise AssertionError("the peer is gone and was never lost")
