@@ -297,12 +297,16 @@ def _misfit(pair: _Pair) -> bool:
 
 
 def _both_zero(pair: _Pair) -> bool:
+    """Nothing is in either file. What a session wrote before its first joint step was complete is
+    dirty until both have flushed it, and may be on one side only.
+    """
     blank = _only(pair, lambda view: view.data_state is DataState.BLANK)
     return (
         blank is not None
         and pair.other(blank).data_state is DataState.UPTODATE
         and Flags.ZEROED in pair.mine.flags
         and Flags.ZEROED in pair.theirs.flags
+        and not (pair.mine.dirty or pair.theirs.dirty)
     )
 
 

@@ -73,6 +73,7 @@ def meet(node: Node, session: Session) -> Path:
     """Exchange states and verdicts, then go one of the three ways."""
     require_fresh(node, session)
     yield from node.quiesce()
+    yield from node.own_writes_ended()
     require_live(session)
     mine = state_message(node)
     session.tell(mine)

@@ -124,7 +124,7 @@ class Node(Durable):
         self._answer_waiters: list[Waiter] = []
         self._change_waiters: list[Waiter] = []
         self._idle_waiters: list[Waiter] = []
-        self._local_waiters: list[Waiter] = []
+        self._leg_waiters: list[tuple[set[Operation], Waiter]] = []
 
     # --- what this node may do ---------------------------------------------------------------
 
@@ -211,10 +211,8 @@ class Node(Durable):
             StoreError: it is not; this copy has failed, for what it lost is clean in the cache.
             RefusedError: a local write does not return; nothing was decided.
         """
-        while not self.failed and any(
-            op.verdict is Verdict.ACKNOWLEDGED and not op.local_done for op in self.inflight
-        ):
-            yield from self.local_leg_done()
+        if not self.failed:
+            yield from self.legs_ended(lambda op: op.verdict is Verdict.ACKNOWLEDGED)
         try:
             yield (self.store.fdatasync,)
         except StoreError as error:
@@ -229,7 +227,8 @@ class Node(Durable):
         """
         is_news = lost and not self.failure_lost
         super().note_failure(reason, lost=lost)
-        wake_all(self._local_waiters)
+        wake_all([waiter for _, waiter in self._leg_waiters])
+        self._leg_waiters.clear()
         if is_news:
             self.shell.spawn("record-failure", self.record_failure())
 
@@ -404,8 +403,8 @@ class Node(Durable):
     def finish(self, operation: Operation) -> None:
         """An operation leaves the table; wakes whoever drains."""
         del self.inflight[operation]
-        if self._local_waiters:
-            wake_all(self._local_waiters)
+        if self._leg_waiters:
+            self._leg_left(operation)
         if not self.inflight:
             wake_all(self._idle_waiters)
 
@@ -430,7 +429,7 @@ class Node(Durable):
             wake_all(self._idle_waiters)
 
     def quiesce(self) -> Path:
-        """Wait until nothing of an ended session or term can change data any more.
+        """Wait until nothing of an ended session can change data any more.
 
         Raises:
             RefusedError: something does not return from the disk.
@@ -440,23 +439,49 @@ class Node(Durable):
             self._idle_waiters.append(waiter)
             if not (yield (waiter.wait, QUIESCE_TIMEOUT_MS / 1000)):
                 raise RefusedError(STUCK)
-        # A primary's own writes are ordered by its range locks; those of a peer know nothing of
-        # them, and one that was answered long ago would land on top of what the peer sends.
-        while self.role is not Role.PRIMARY and any(not op.local_done for op in self.inflight):
-            yield from self.local_leg_done()
+
+    def own_writes_ended(self) -> Path:
+        """Wait until no write of a term that has ended can change data any more.
+
+        A primary's own writes are ordered by its range locks. Those of a peer know nothing of them:
+        one that was answered long ago would land on top of what the peer sends.
+
+        Raises:
+            RefusedError: something does not return from the disk.
+        """
+        if self.role is not Role.PRIMARY:
+            yield from self.legs_ended(lambda _: True)
+
+    def legs_ended(self, wanted: Callable[[Operation], bool]) -> Path:
+        """Wait for the local legs that are under way now, or for the failure of this copy; bounded.
+
+        Raises:
+            RefusedError: one of them does not return.
+        """
+        legs = {op for op in self.inflight if not op.local_done and wanted(op)}
+        if not legs:
+            return
+        waiter = self.shell.waiter()
+        entry = (legs, waiter)
+        self._leg_waiters.append(entry)
+        ended = yield (waiter.wait, QUIESCE_TIMEOUT_MS / 1000)
+        if not ended and entry in self._leg_waiters:
+            self._leg_waiters.remove(entry)
+            raise RefusedError(STUCK)
 
     def local_leg_ended(self, operation: Operation) -> None:
         """The local file has taken an operation; wakes whoever waits for that."""
         operation.local_done = True
-        if self._local_waiters:
-            wake_all(self._local_waiters)
+        if self._leg_waiters:
+            self._leg_left(operation)
 
-    def local_leg_done(self) -> Path:
-        """Wait for the next local leg that ends; bounded."""
-        waiter = self.shell.waiter()
-        self._local_waiters.append(waiter)
-        if not (yield (waiter.wait, QUIESCE_TIMEOUT_MS / 1000)):
-            raise RefusedError(STUCK)
+    def _leg_left(self, operation: Operation) -> None:
+        for entry in self._leg_waiters[:]:
+            legs, waiter = entry
+            legs.discard(operation)
+            if not legs:
+                self._leg_waiters.remove(entry)
+                waiter.wake(True)
 
     # --- the joint step's last parts -----------------------------------------------------------
 

@@ -439,6 +439,7 @@ def discard_now(node: Node) -> Path:
     if session is not None:
         node.lose_session(session, "the local data was discarded")
     yield from node.quiesce()
+    yield from node.own_writes_ended()
     yield from node.change(
         lambda sb: replace(
             sb,
@@ -474,6 +475,7 @@ def stop_now(node: Node) -> Path:
         node.lose_session(node.session, "left" if left else "stopped")
     node.fence()
     yield from node.quiesce()
+    yield from node.own_writes_ended()
     node.forget_peer()
     if node.failed:
         if node.failure_lost:

@@ -268,6 +268,24 @@ def request_of_an_earlier_term(s: Scene) -> None:
     assert not s.has(s.b, waiting)
 
 
+def only_copy_with_a_hung_write(s: Scene) -> None:
+    """A is alone and steps back over a hung write: it may serve again, its own locks order it."""
+    s.pair()
+    s.kill(s.b)
+    s.alone(s.a)
+    s.a.data.hold_ms = HELD_MS
+    first = s.begin_write(s.a, 5)
+    s.run(100)
+    s.command(s.a, roles.demote(s.node(s.a)))
+    s.promote(s.a)
+    other, second = s.write(s.a, 7), s.begin_write(s.a, 5)
+    s.answered(first, HELD_MS)
+    s.until(lambda: second.acknowledged)
+    s.start(s.b)
+    s.synced()
+    s.both_have(other, second)
+
+
 def pieces_and_a_decision(s: Scene) -> None:
     """W has two pieces: B has the first, and A's disk still takes it when B is lost. A waits for
     that, and only for that: the second is frozen until A has decided.

@@ -218,7 +218,8 @@ PRIMARY = replace(A, primary_now=True, flags=Flags.WAS_PRIMARY)
 CRASHED = replace(A, flags=Flags.WAS_PRIMARY, dirty=True)
 POWERLESS = replace(A, cache_survived=False, dirty=True)
 BLANK = replace(B, data_state=DataState.BLANK, generation=NO_GENERATION)
-NEW_A = replace(alone(A, G), flags=Flags.ZEROED | Flags.ALONE)
+NEW_A = replace(alone(A, G), flags=Flags.ZEROED | Flags.ALONE, dirty=False)
+NEW_B = replace(BLANK, flags=Flags.ZEROED)
 JOINING = replace(
     A, generation=G1, base=(G,), pending=J, pending_kind=PendingKind.JOINT, dirty=True
 )
@@ -347,7 +348,14 @@ CASES = {
     ),
     "node id": (A, B, IN_SYNC, "equal generations", 1),
     # states
-    "both new": (NEW_A, replace(BLANK, flags=Flags.ZEROED), JOINT, "both new", 1),
+    "both new": (NEW_A, NEW_B, JOINT, "both new", 1),
+    # A session wrote before its first joint step was complete, and ended.
+    "new, written here": (
+        replace(NEW_A, dirty=True), NEW_B, FULL, "one side incomplete", 1,
+    ),
+    "new, written there": (
+        NEW_A, replace(NEW_B, dirty=True), FULL, "one side incomplete", 1,
+    ),
     "one adopted": (
         NEW_A, BLANK, FULL, "one side incomplete", 1,
     ),

@@ -196,9 +196,8 @@ DATA: Final = (
         "late-write-lands", 6,
         "a write of a term that has ended lands on top of what the peer sends",
         core("node",
-             "        while self.role is not Role.PRIMARY and any(not op.local_done for op in"
-             " self.inflight):\n            yield from self.local_leg_done()\n",
-             ""),
+             "            yield from self.legs_ended(lambda _: True)\n",
+             "            yield from ()\n"),
         sequences=("late_write_before_a_swap", "late_write_behind_a_cut"), quick=True,
     ),
     Mutant(
@@ -211,9 +210,8 @@ DATA: Final = (
         "local-leg-wakes-nobody", 8,
         "a decision waits for a local write that has ended, for ever",
         core("node",
-             "        if self._local_waiters:\n            wake_all(self._local_waiters)\n\n"
-             "    def local_leg_done",
-             "\n    def local_leg_done"),
+             "        operation.local_done = True\n        if self._leg_waiters:\n",
+             "        operation.local_done = True\n        if not self._leg_waiters:\n"),
         sequences=("pieces_and_a_decision", "pieces_and_the_peers_word"), quick=True,
     ),
     Mutant(
