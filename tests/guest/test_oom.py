@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.nbdkit, pytest.mark.slow]
 
 # nbdkit has 192 MiB of zeros that it never touches; a kernel with less memory than that does not
 # start it (vm.overcommit_memory).
-MEMORY_MIB = 256
+MEMORY_MIB = 276
 DISK_MIB = 1200
 BOUND_S = 150
 # include/linux/sched.h of Linux 5.9 to 6.6: what PR_SET_IO_FLUSHER sets.
