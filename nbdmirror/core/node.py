@@ -451,6 +451,9 @@ class Node(Durable):
         """
         if self.role is not Role.PRIMARY:
             yield from self.legs_ended(lambda _: True)
+            # The failure of this copy ends that wait, too, and not the writes.
+            if any(not op.local_done for op in self.inflight):
+                raise RefusedError(STUCK)
 
     def legs_ended(self, wanted: Callable[[Operation], bool]) -> Path:
         """Wait for the local legs that are under way now, or for the failure of this copy; bounded.

@@ -475,7 +475,8 @@ def stop_now(node: Node) -> Path:
         node.lose_session(node.session, "left" if left else "stopped")
     node.fence()
     yield from node.quiesce()
-    yield from node.own_writes_ended()
+    if not node.failed:
+        yield from node.legs_ended(lambda _: True)
     node.forget_peer()
     if node.failed:
         if node.failure_lost:
