@@ -250,6 +250,26 @@ def late_write_behind_a_cut(s: Scene) -> None:
     s.both_have(second)
 
 
+def failure_beside_a_hung_write(s: Scene) -> None:
+    """A waits for its hung write before it meets B, and its copy fails: it does not go on then."""
+    s.pair()
+    s.a.data.hold_ms = HELD_MS
+    s.begin_write(s.a, 5)
+    s.run(100)
+    s.part()
+    s.promote(s.b)
+    s.command(s.a, roles.demote(s.node(s.a)))
+    node = s.node(s.a)
+    s.heal()
+    decided = len(s.told("A decided"))
+    s.until(lambda: node.session is not None)
+    s.run(200)
+    node.note_failure("a disk that fails", lost=False)
+    s.run(2000)
+    assert len(s.told("A decided")) == decided
+    assert node.role is Role.NONE
+
+
 def request_of_an_earlier_term(s: Scene) -> None:
     """W2 waits for W1's range while A steps back and serves again: it is not carried out then."""
     for host in s.sim.hosts:
