@@ -34,8 +34,8 @@ HOG_BYTES = 20 * MIB
 HOGS_MAX = 20
 DEVICE = "/dev/nbd0"
 FILE_SYSTEM = Path("/run/fs")
-DEVICE_BYTES = 320 * MIB
-WRITTEN_BYTES = 256 * MIB
+DEVICE_BYTES = 400 * MIB
+WRITTEN_BYTES = 320 * MIB
 # With the usual 20 and 10 the kernel keeps the pressure away; hosts are tuned like this.
 DIRTY_PERCENT = {"dirty_ratio": 60, "dirty_background_ratio": 40}
 # What an engine wrote and has not flushed is memory that nobody can reclaim: little, on this host.

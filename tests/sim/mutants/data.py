@@ -196,9 +196,19 @@ DATA: Final = (
         "late-write-lands", 6,
         "a write of a term that has ended lands on top of what the peer sends",
         core("node",
+             "        if self.role is not Role.PRIMARY:\n"
              "            yield from self.legs_ended(lambda _: True)\n",
-             "            yield from ()\n"),
+             "        if self.stopping:\n"
+             "            yield from self.legs_ended(lambda _: True)\n"),
         sequences=("late_write_before_a_swap", "late_write_behind_a_cut"), quick=True,
+    ),
+    Mutant(
+        "failure-ends-the-wait", 6,
+        "a copy that fails beside its own hung write meets the peer with that write under way",
+        core("node",
+             "            if any(not op.local_done for op in self.inflight):\n",
+             "            if any(op.local_done is None for op in self.inflight):\n"),
+        sequences=("failure_beside_a_hung_write",), quick=True,
     ),
     Mutant(
         "earlier-term-goes-on", 6,
