@@ -23,20 +23,32 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from nbdmirror.config_schema import (
-    ARBITER_CHOICE,
-    KEYS,
+from nbdmirror.config_checks import cluster_problems
+from nbdmirror.config_cluster import (
+    ApplicationSection,
+    CheckerSection,
+    ControllerSection,
+    MountSection,
+    PingSection,
+    VirtualAddressSection,
+)
+from nbdmirror.config_fields import (
     NAME_CHARS_MAX,
     NODE_NAME,
-    SECTIONS,
     Address,
-    ConfigFile,
-    DeviceSection,
-    EngineSection,
     format_size,
     parse_address,
     parse_path,
     parse_size,
+)
+from nbdmirror.config_schema import (
+    ARBITER_CHOICE,
+    KEYS,
+    LISTS,
+    SECTIONS,
+    ConfigFile,
+    DeviceSection,
+    EngineSection,
 )
 from nbdmirror.core.messages import printable
 from nbdmirror.core.superblock import ArbiterKind
@@ -49,6 +61,7 @@ __all__ = ["KEYS", "Address", "Config", "Node", "format_size", "load", "parse_si
 CONFIG_BYTES_MAX: Final = 1 * MIB
 KEY_MODES: Final = (0o600, 0o400)
 SHOWN_CHARS_MAX: Final = 200
+SOCKETS: Final = ("engine.sock in run_dir", "controller.sock in run_dir", "export.unix")
 _BARE_KEY: Final = re.compile(r"[A-Za-z0-9_.-]+")
 # pydantic's findings in the words of the file; others have texts of their own.
 _WORDS: Final = {
@@ -72,6 +85,7 @@ class Node:
     address: Address
     data_dir: Path
     run_dir: Path
+    heartbeats: tuple[Address, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +103,15 @@ class Config:
     engine: EngineSection
     export_unix: Path
     export_tcp: Address | None
+    takeover: str
+    preferred: str
+    ping: PingSection
+    controller: ControllerSection
+    probe: Address | None
+    mount: MountSection
+    application: ApplicationSection
+    virtual_addresses: tuple[VirtualAddressSection, ...]
+    checkers: tuple[CheckerSection, ...]
 
     @property
     def data_file(self) -> Path:
@@ -104,6 +127,16 @@ class Config:
     def control_socket(self) -> Path:
         """Where the engine takes commands."""
         return self.me.run_dir / "engine.sock"
+
+    @property
+    def controller_socket(self) -> Path:
+        """Where the controller takes commands."""
+        return self.me.run_dir / "controller.sock"
+
+    @property
+    def switches_file(self) -> Path:
+        """What the controller of this node remembers: the operator's switches and its counts."""
+        return self.me.data_dir / "controller.json"
 
 
 def load(path: Path, node: str | None = None, *, with_key: bool = True) -> Config:
@@ -123,6 +156,7 @@ def load(path: Path, node: str | None = None, *, with_key: bool = True) -> Confi
         problems += [_problem(dict(item), raw) for item in error.errors()]
     problems += _node_problems(raw)
     problems += _cross_problems(raw)
+    problems += cluster_problems(raw)
     name = _my_name(raw, node, problems)
     problems += _file_problems(raw, path)
     if with_key:
@@ -151,13 +185,22 @@ def _build(path: Path, parsed: ConfigFile, name: str, key: bytes) -> Config:
         mirror=parsed.mirror,
         key_file=parsed.key_file,
         key=key,
-        arbiter=ArbiterKind.NONE,
+        arbiter=ArbiterKind[parsed.arbiter.upper()],
         me=me,
         peer=peer,
         device=parsed.device,
         engine=parsed.engine,
         export_unix=parsed.export.unix or me.run_dir / "nbd.sock",
         export_tcp=parsed.export.tcp,
+        takeover=parsed.takeover,
+        preferred=parsed.preferred,
+        ping=parsed.ping,
+        controller=parsed.controller,
+        probe=parsed.probe.address,
+        mount=parsed.mount,
+        application=parsed.application,
+        virtual_addresses=tuple(parsed.virtual_address),
+        checkers=tuple(parsed.checker),
     )
 
 
@@ -165,7 +208,8 @@ def _node(parsed: ConfigFile, name: str) -> Node:
     section, paths = parsed.node[name], parsed.paths
     data_dir = section.data_dir or paths.data_dir or Path("/var/lib/nbdmirror", parsed.mirror)
     run_dir = section.run_dir or paths.run_dir or Path("/run/nbdmirror", parsed.mirror)
-    return Node(name, section.id, section.address, data_dir, run_dir)
+    heartbeats = tuple(section.heartbeats) or (section.address,)
+    return Node(name, section.id, section.address, data_dir, run_dir, heartbeats)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -243,18 +287,28 @@ def _dotted(steps: Iterable[object]) -> str:
 
 def _lookup(raw: Any, location: tuple[str | int, ...]) -> object:
     for step in location:
+        if isinstance(raw, list):
+            raw = dict(enumerate(raw))
         if not isinstance(raw, dict) or step not in raw:
             return None
         raw = raw[step]
     return raw
 
 
+def _generic(location: tuple[str | int, ...]) -> str:
+    """The name in KEYS of what was found at a place of the file."""
+    if location[0] == "node" and len(location) > 1:
+        location = (location[0], "<name>", *location[2:])
+    elif location[0] in LISTS and len(location) > 1:
+        location = (location[0], *location[2:])
+    # What is wrong inside of a list is the list's matter.
+    return ".".join(step for step in location if isinstance(step, str))
+
+
 def _problem(error: dict[str, Any], raw: dict[str, Any]) -> str:
     """One line of the report from one of pydantic's findings."""
     location = tuple(error["loc"])
-    generic = tuple("<name>" if at == 1 and location[0] == "node" else step
-                    for at, step in enumerate(location))  # fmt: skip
-    key, shown = ".".join(map(str, generic)), _dotted(location)
+    key, shown = _generic(location), _dotted(location)
     info = KEYS.get(key)
     if error["type"] == "extra_forbidden":
         parent = key.rpartition(".")[0]
@@ -374,7 +428,7 @@ def _file_problems(raw: dict[str, Any], source: Path) -> list[str]:
                 f'export.unix = "{files["export.unix"]}": lies in the data_dir "{data_dir}", which '
                 "is for `data` and `meta` alone; expected a path outside of it, best in run_dir"
             ] = None
-        for what in ("engine.sock in run_dir", "export.unix"):
+        for what in SOCKETS:
             length = len(os.fsencode(files[what]))
             if length > SOCKET_PATH_BYTES_MAX:
                 problems[
@@ -414,7 +468,9 @@ def _files_of(raw: dict[str, Any], node: str) -> dict[str, Path]:
         "data": directories["data_dir"] / "data",
         "meta": directories["data_dir"] / "meta",
         "launcher.lock in run_dir": run_dir / "launcher.lock",
+        "controller.json in data_dir": directories["data_dir"] / "controller.json",
         "engine.sock in run_dir": run_dir / "engine.sock",
+        "controller.sock in run_dir": run_dir / "controller.sock",
         "export.unix": _path_at(raw, "export", "unix") or run_dir / "nbd.sock",
     }
 
@@ -433,7 +489,7 @@ def _socket_problems(raw: dict[str, Any], node: str) -> list[str]:
         return []
     problems = []
     files = _files_of(raw, node)
-    for what in ("engine.sock in run_dir", "export.unix"):
+    for what in SOCKETS:
         try:
             mode = files[what].lstat().st_mode
         except OSError:

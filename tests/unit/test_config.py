@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nbdmirror import config
 from nbdmirror.config import KEYS, Config, format_size, load, parse_size
-from nbdmirror.config_schema import Address, parse_address
+from nbdmirror.config_fields import Address, parse_address
 from nbdmirror.core.superblock import ArbiterKind
 from nbdmirror.errors import ConfigError
 
@@ -146,7 +146,7 @@ tcp = "127.0.0.1"
         "engine.freeze_limit_ms = 1600: a freeze would end before it begins",
         'engine.on_freeze = "never":',
         'export.tcp = "127.0.0.1": the port is missing',
-        "colour: unknown key; known here: mirror, key_file, arbiter, node, device",
+        "colour: unknown key; known here: mirror, key_file, arbiter, takeover",
         "node: both have id = 0",
         f'key_file = "{key}": its mode is 0640, expected 0600 or 0400',
     ]
@@ -238,11 +238,11 @@ def test_a_socket_of_an_earlier_engine_is_no_mistake(key: Path) -> None:
 @pytest.mark.parametrize("node", ["alpha", "beta"])
 def test_names_of_sockets_are_short_enough(key: Path, node: str) -> None:
     """If this fails, an engine ends at its start with an errno, on the other node at that."""
-    base = "/" + "r" * 97  # 98 bytes; engine.sock makes it 110, nbd.sock 107
+    base = "/" + "r" * 94  # 95 bytes; controller.sock makes it 111, engine.sock 107
     found = mistakes(key, f'{GOOD}run_dir = "{base}"\n', node)
     (line,) = found
-    assert line.startswith("engine.sock in run_dir is")
-    assert "110 bytes" in line
+    assert line.startswith("controller.sock in run_dir is")
+    assert "111 bytes" in line
     assert len(mistakes(key, f'{GOOD}run_dir = "{base}r"\n', node)) == 2
 
 
