@@ -23,12 +23,14 @@ from typing import Any, Final, Protocol, TypeAlias
 
 from nbdmirror.core import ports, roles
 from nbdmirror.core.describe import describe
+from nbdmirror.core.leave import Word
+from nbdmirror.core.messages import Relay
 from nbdmirror.core.node import Node, Role
 from nbdmirror.driver import Driver, Pool
 from nbdmirror.errors import NbdMirrorError, RefusedError, StaleCommandError
 from nbdmirror.events import EventLog
 from nbdmirror.files import path_error, remove_socket, require_socket_path
-from nbdmirror.limits import COMMAND_TIMEOUT_MS
+from nbdmirror.limits import COMMAND_TIMEOUT_MS, RELAY_BYTES_MAX
 
 LINE_BYTES_MAX: Final = 1024 * 1024
 CONNECTIONS_MAX: Final = 64
@@ -95,6 +97,9 @@ class ControlServer:
             "drain": self._drain,
             "discard": self._discard,
             "accept-peer": self._accept_peer,
+            "stay": self._stay,
+            "leave": self._leave,
+            "peer-left": self._peer_left,
             "stop": self._stop,
         }
 
@@ -139,6 +144,8 @@ class ControlServer:
             pass
         finally:
             self._connections -= 1
+            if number == self._commander:
+                self._attend(attended=False)
             writer.close()
 
     def _crowded(self) -> bool:
@@ -185,10 +192,13 @@ class ControlServer:
             return self._state(args)
         if command == "attach":
             self._commander = number
+            self._attend(attended=True)
             return self._state(args)
+        if command == "relay":
+            return self._relay(number, args)
         handler = self._commands.get(command)
         if handler is None:
-            known = ", ".join(["state", "events", "attach", *self._commands])
+            known = ", ".join(["state", "events", "attach", "relay", *self._commands])
             raise RefusedError(f"unknown command {command!r}; known: {known}")
         self._require_current(number, request)
         guard = partial(roles.decided_under, self._engine.node, request["epoch"])
@@ -266,6 +276,41 @@ class ControlServer:
             **state,
         }
 
+    def _attend(self, *, attended: bool) -> None:
+        """A controller came, or the last one is gone; the peer's engine is told."""
+        with self._engine.driver.lock:
+            node = self._engine.node
+            node.attended = attended
+            node.was_attended = node.was_attended or attended
+            self._tell_peer(b"")
+
+    def _relay(self, number: int, args: Arguments) -> dict[str, Any]:
+        """Carry some bytes to the peer's controller, bring what it sent last, and the state.
+
+        Raises:
+            StaleCommandError: from a controller that was replaced. RefusedError: too much.
+        """
+        if number != self._commander:
+            raise StaleCommandError("another controller commands this engine now")
+        try:
+            payload = bytes.fromhex(args.get("payload", ""))
+        except (TypeError, ValueError):
+            raise RefusedError("relay: payload has to be hexadecimal digits") from None
+        if len(payload) > RELAY_BYTES_MAX:
+            raise RefusedError(f"relay: {len(payload)} bytes, at most {RELAY_BYTES_MAX}")
+        with self._engine.driver.lock:
+            self._tell_peer(payload)
+            relayed = self._engine.node.relayed.hex()
+        return {**self._state(args), "relayed": relayed}
+
+    def _tell_peer(self, payload: bytes) -> None:
+        """Under the lock, on the loop's thread."""
+        node = self._engine.node
+        session = node.session
+        if session is not None and session.live:
+            session.tell(Relay(attended=node.attended, payload=payload))
+            session.link.kick()
+
     def _drive(self, path: Any) -> Any:
         return self._engine.driver.drive(path)
 
@@ -331,6 +376,20 @@ class ControlServer:
         self._engine.hurry()
         return self._state(args)
 
+    def _stay(self, args: Arguments, guard: Guard) -> dict[str, Any]:
+        answer = self._drive(
+            guard(at_once(roles.stay_word, self._engine.node, generation_of(args)))
+        )
+        return dict(answer)
+
+    def _leave(self, args: Arguments, guard: Guard) -> dict[str, Any]:
+        self._drive(guard(roles.leave_for_peer(self._engine.node, word_of(args))))
+        return self._state(args)
+
+    def _peer_left(self, args: Arguments, guard: Guard) -> dict[str, Any]:
+        self._drive(guard(roles.peer_has_left(self._engine.node, word_of(args))))
+        return self._state(args)
+
     def _stop(self, args: Arguments, guard: Guard) -> dict[str, Any]:
         self._engine.stop(guard)
         return self._state(args)
@@ -387,6 +446,19 @@ def generation_of(args: dict[str, Any]) -> bytes:
     if len(generation) != 16:
         raise RefusedError("generation has to be 32 hexadecimal digits")
     return generation
+
+
+def word_of(args: dict[str, Any]) -> Word:
+    """The word of leaving in a command's arguments.
+
+    Raises:
+        RefusedError: no generation, or no session's number.
+    """
+    try:
+        session = int(args["session"], 16)
+    except (KeyError, TypeError, ValueError):
+        raise RefusedError("session has to be a hexadecimal number") from None
+    return Word(generation_of(args), session)
 
 
 def settle(future: "asyncio.Future[Any]", result: Any, error: BaseException | None) -> None:

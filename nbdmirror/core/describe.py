@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from nbdmirror.core.decide import promotable
 from nbdmirror.core.node import Node
 from nbdmirror.core.superblock import Flags
+from nbdmirror.core.view import node_view, state_message
 
 
 def describe(node: Node) -> dict[str, Any]:
@@ -28,6 +30,10 @@ def describe(node: Node) -> dict[str, Any]:
         "refusal": node.refusal,
         "fell_back": node.fell_back,
         "cache_survived": node.cache_survived,
+        "attended": node.attended,
+        "promote_refusal": promote_refusal(node),
+        "last_session": f"{node.last_session.number:016x}" if node.last_session else "",
+        "relayed_count": node.relayed_count,
         "dirty_extents": node.dirty.count,
         "dirty_bytes": min(node.dirty.count * sb.extent_bytes, sb.device_bytes),
         "device_bytes": sb.device_bytes,
@@ -40,3 +46,10 @@ def describe(node: Node) -> dict[str, Any]:
         "session": node.session.describe() if node.session is not None else None,
         "resync": dict(node.resync),
     }
+
+
+def promote_refusal(node: Node) -> str:
+    """Why this node may not be promoted without force, by its metadata alone; "" if it may."""
+    view = node_view(state_message(node), node.sb.mirror_id, node.sb.node_id)
+    refusal = promotable(view, node.session is not None, node.arbiter_has_memory)
+    return refusal.reason if refusal is not None else ""

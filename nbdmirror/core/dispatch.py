@@ -12,6 +12,7 @@ from nbdmirror.core.messages import (
     Left,
     MapPage,
     Message,
+    Relay,
     Role,
     SourceBegin,
     Stable,
@@ -152,8 +153,8 @@ def control(node: Node, session: Session, frame: Frame) -> None:
     elif isinstance(message, Left):
         session.peer_left = True
         node.shell.spawn("peer-left", peer_left(node, session, message))
-    elif isinstance(message, Role):
-        session.peer_primary = message.primary
+    elif isinstance(message, Role | Relay):
+        note(node, session, message)
     elif isinstance(message, MapPage):
         if session.phase is not Phase.NEGOTIATING:
             raise PeerProtocolError("a page of the dirty map in the middle of a session")
@@ -167,6 +168,17 @@ def control(node: Node, session: Session, frame: Frame) -> None:
         if isinstance(message, SourceBegin):
             begin_data(node, session, message)
         session.mail(message)
+
+
+def note(node: Node, session: Session, message: Role | Relay) -> None:
+    """What the peer says of itself, whenever it likes."""
+    if isinstance(message, Role):
+        session.peer_primary = message.primary
+        return
+    session.peer_attended = message.attended
+    if message.payload:
+        node.relayed = message.payload
+        node.relayed_count += 1
 
 
 def begin_data(node: Node, session: Session, message: SourceBegin) -> None:

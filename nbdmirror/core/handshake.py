@@ -34,7 +34,7 @@ from nbdmirror.errors import (
 )
 from nbdmirror.limits import HANDSHAKE_BYTES_MAX, KEY_BYTES_MAX, KEY_BYTES_MIN, REASON_BYTES_MAX
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 MAGIC: Final = b"NBDMIRR\x01"
 NONCE_BYTES: Final = 32
 MAC_BYTES: Final = 32

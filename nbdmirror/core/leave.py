@@ -2,10 +2,11 @@
 
 The last one to stop is never outdated: without the answer a leaver stays up to date. The word
 counts only inside the session it was said in; the stayer stores "peer outdated" before it relies
-on it.
+on it. Where there is no channel, the controllers carry question, answer and word for the engines,
+bound to the last session instead.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from nbdmirror.core.durable import NO_GENERATION
 from nbdmirror.core.io import flush_pair
@@ -14,7 +15,7 @@ from nbdmirror.core.node import PEER_LEFT, Node, Role
 from nbdmirror.core.ports import Path
 from nbdmirror.core.session import Phase, Session
 from nbdmirror.core.superblock import DataState, Flags, PendingKind, Superblock
-from nbdmirror.errors import NbdMirrorError, PeerProtocolError
+from nbdmirror.errors import NbdMirrorError, PeerProtocolError, RefusedError
 
 
 def ask_to_leave(node: Node, session: Session) -> Path:
@@ -61,19 +62,22 @@ def answer_leave(node: Node, session: Session, message: LeaveAsk) -> None:
     """Answer the question. Staying means: up to date, connected in sync, not leaving itself."""
     if session.phase is not Phase.SYNCED:
         reason = "not in sync with you"
-    elif node.sb.data_state is not DataState.UPTODATE:
-        reason = f"this node is {node.sb.data_state.name.lower()}"
-    elif node.stopping or node.changing in ("leave", "stop"):
-        reason = "this node is leaving, too"
-    elif node.failed:
-        reason = f"this node's disk failed: {node.failed}"
-    elif message.generation != node.sb.generation:
-        reason = "another generation"
     else:
-        reason = ""
+        reason = reason_to_leave(node)
+        if message.generation != node.sb.generation:
+            reason = reason or "another generation"
     session.tell(
         LeaveAnswer(stay=not reason, generation=node.sb.generation, reason=reason or "I stay")
     )
+
+
+def reason_to_leave(node: Node) -> str:
+    """Why this node cannot be the one that stays; "" if it can."""
+    if node.sb.data_state is not DataState.UPTODATE:
+        return f"this node is {node.sb.data_state.name.lower()}"
+    if node.stopping or node.changing in ("leave", "stop"):
+        return "this node is leaving, too"
+    return f"this node's disk failed: {node.failed}" if node.failed else ""
 
 
 def peer_left(node: Node, session: Session, message: Left) -> Path:
@@ -118,3 +122,83 @@ def stay(node: Node, session: Session) -> Path:
     yield from node.change(edit)
     if node.role is Role.PRIMARY and node.right:
         node.go_on_alone()
+
+
+# --- leaving without a channel: the two controllers carry the words ------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """What a controller carries between two engines that have no channel, or for a dead one."""
+
+    generation: bytes
+    session: int
+
+
+def would_stay(node: Node, generation: bytes) -> tuple[str, int]:
+    """Asked by the peer's controller, for an engine that is dead or cut off: does this node stay?
+
+    Returns (why not, the number of the session that was the last one). Nothing changes. It stays
+    only if its last session was in sync and nothing was decided since: then it has every write that
+    the leaver acknowledged.
+    """
+    last = node.last_session
+    if node.session is not None:
+        reason = "the peer's engine is connected"
+    elif last is None:
+        reason = "not in sync with you until now"
+    else:
+        reason = reason_to_leave(node)
+        if node.right or node.sb.pending != NO_GENERATION or generation != node.sb.generation:
+            reason = reason or "another generation"
+    return reason, 0 if reason or last is None else last.number
+
+
+def leave_by_word(node: Node, word: Word) -> Path:
+    """Be outdated, durably: the peer has answered "I stay", by way of the controllers.
+
+    Raises:
+        RefusedError: this node serves, is connected, or the answer was for another moment.
+    """
+    require_unchanged_since(node, word, "leave")
+    if node.role is Role.PRIMARY:
+        raise RefusedError("leave: this node is primary; demote it first")
+
+    def edit(sb: Superblock) -> Superblock:
+        require_unchanged_since(node, word, "leave")
+        return replace(sb, data_state=DataState.OUTDATED)
+
+    yield from node.change(edit)
+    node.last_session = None
+    node.shell.emit("leave", stays=True, reason="the peer stays; this node is outdated")
+
+
+def left_by_word(node: Node, word: Word) -> Path:
+    """The peer is durably outdated and its controller says so: flush, store it, go on without it.
+
+    Raises:
+        RefusedError: it has come back, or something else was decided since the answer.
+    """
+    require_unchanged_since(node, word, "peer left")
+    last = node.last_session
+    assert last is not None
+    yield from stay(node, last)
+    if not node.sb.flags & Flags.PEER_OUTDATED:
+        raise RefusedError("peer left: it has come back, or this node is stopping; look again")
+
+
+def require_unchanged_since(node: Node, word: Word, what: str) -> None:
+    """The word counts for the moment it was asked about, and for no later one.
+
+    Raises:
+        RefusedError: there was a session, a decision or another generation since.
+    """
+    last = node.last_session
+    number = last.number if last is not None else 0
+    if (
+        node.session is not None
+        or number != word.session
+        or node.sb.generation != word.generation
+        or node.sb.data_state is not DataState.UPTODATE
+    ):
+        raise RefusedError(f"{what}: the word is about an earlier moment; look again")

@@ -41,6 +41,7 @@ from nbdmirror.limits import (
     HISTORY_COUNT_MAX,
     MAP_PAGE_PAYLOAD_BYTES,
     REASON_BYTES_MAX,
+    RELAY_BYTES_MAX,
 )
 
 STATE_RESERVED_BYTES: Final = 32
@@ -235,6 +236,15 @@ class CaughtUp(Message):
     seq: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Relay(Message):
+    """From controller to controller, opaque to the engines; `attended`: the sender's has one."""
+
+    KIND: ClassVar[int] = 18
+    attended: bool
+    payload: bytes
+
+
 def printable(text: str) -> str:
     """The text with every unprintable character (escapes, line breaks, bidi marks) as `?`."""
     return "".join(char if char.isprintable() else "?" for char in text)
@@ -296,6 +306,15 @@ def _text(name: str) -> Any:
         lambda value, _context: text_bytes(value),
     )
     return _checked(name, subcon, one)
+
+
+def _bytes(name: str, count_max: int) -> Any:
+    def one(value: bytes) -> bytes:
+        if len(value) > count_max:
+            raise ValueError(f"{len(value)} bytes, more than {count_max}")
+        return value
+
+    return _checked(name, Prefixed(Int16ub, GreedyBytes), one)
 
 
 def _ids(name: str, count_max: int) -> Any:
@@ -368,6 +387,7 @@ _SCHEMAS: Final[Mapping[type[Message], Any]] = {
     Failed: Struct(_text("where"), "errno" / Int32ub),
     SourceBegin: Struct("first_seq" / Int64ub, _yes_no("resume")),
     CaughtUp: Struct("seq" / Int64ub),
+    Relay: Struct(_yes_no("attended"), _bytes("payload", RELAY_BYTES_MAX)),
 }
 """The format of record of every message; the kind, one byte, comes before."""
 

@@ -20,7 +20,7 @@ from enum import Enum
 from nbdmirror.core.durable import NO_GENERATION, NO_LIMIT_SEQ, Durable, Opened, wake_all
 from nbdmirror.core.ports import MetaStore, Path, Shell, Store, Waiter
 from nbdmirror.core.ranges import RangeLocks
-from nbdmirror.core.session import Operation, Phase, Session, Verdict
+from nbdmirror.core.session import EMPTY, Operation, Phase, Session, Verdict
 from nbdmirror.core.superblock import (
     ArbiterKind,
     DataState,
@@ -120,6 +120,11 @@ class Node(Durable):
         self.own_fast_zero_ok = True
         # What it had not flushed may show in its page cache and not be on its disk (rule 5).
         self.peer_failed = False
+        # Whether a controller commands this engine, and what its peer's last said to it.
+        self.attended = False
+        self.was_attended = False
+        self.relayed = EMPTY
+        self.relayed_count = 0
         self._fenced_waiters: list[Waiter] = []
         self._answer_waiters: list[Waiter] = []
         self._change_waiters: list[Waiter] = []

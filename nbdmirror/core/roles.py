@@ -10,7 +10,7 @@ from dataclasses import replace
 from nbdmirror.core.decide import promotable
 from nbdmirror.core.durable import NO_GENERATION, add_base
 from nbdmirror.core.io import flush_pair
-from nbdmirror.core.leave import ask_to_leave
+from nbdmirror.core.leave import Word, ask_to_leave, leave_by_word, left_by_word, would_stay
 from nbdmirror.core.messages import Role as RoleMessage
 from nbdmirror.core.negotiate import claim_unsettled
 from nbdmirror.core.node import OWN_CHANGES, STEP_BACK, Node, Role
@@ -212,6 +212,52 @@ def demote_now(node: Node) -> Path:
     if session is not None:
         session.tell(RoleMessage(primary=False, term=node.sb.term))
         yield (session.link.kick,)
+
+
+def hand_over(node: Node) -> Path:
+    """Step back for good because nobody commands this engine; its peer's controller takes over.
+
+    Only to a peer that is in sync and commanded; looked at again at the moment of doing it.
+    """
+    return (yield from exclusively(node, STEP_BACK, hand_over_now(node)))
+
+
+def hand_over_now(node: Node) -> Path:
+    """The body of hand_over."""
+    session = node.sending_session()
+    synced = session is not None and session.phase is Phase.SYNCED
+    if session is not None and synced and session.peer_attended and not node.attended:
+        node.shell.emit("hand-over", reason="this engine has lost its controller, its peer has one")
+        yield from demote_now(node)
+
+
+def stay_word(node: Node, generation: bytes) -> dict[str, object]:
+    """What this node answers to "do you stay?" that the controllers carry."""
+    reason, number = would_stay(node, generation)
+    return {
+        "stay": not reason,
+        "reason": reason or "I stay",
+        "generation": node.sb.generation.hex(),
+        "session": f"{number:016x}",
+    }
+
+
+def leave_for_peer(node: Node, word: Word) -> Path:
+    """Leave by a word that the controllers carried.
+
+    Raises:
+        RefusedError: see leave_by_word.
+    """
+    return (yield from exclusively(node, "leave", leave_by_word(node, word)))
+
+
+def peer_has_left(node: Node, word: Word) -> Path:
+    """Go on without a peer that left by a word that the controllers carried.
+
+    Raises:
+        RefusedError: see left_by_word.
+    """
+    return (yield from exclusively(node, "peer left", left_by_word(node, word)))
 
 
 def fence_sent(node: Node) -> Path:

@@ -117,6 +117,7 @@ class Session:
         self.reason = ""
         self.peer_primary = False
         self.peer_left = False
+        self.peer_attended = False
         # Sender.
         self.window: deque[Operation] = deque()
         self.window_bytes = 0
@@ -303,6 +304,7 @@ class Session:
             "phase": self.phase.value,
             "peer_instance": self.peer.instance.hex(),
             "peer_primary": self.peer_primary,
+            "peer_attended": self.peer_attended,
             "sending": self.sending,
             "in_flight": len(self.window) + len(self.resync_window),
             "in_flight_bytes": self.window_bytes,

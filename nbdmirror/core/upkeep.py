@@ -7,11 +7,11 @@ at once; what takes time is spawned. No clock decides about writes: a deadline o
 from nbdmirror.core.io import background_flush
 from nbdmirror.core.node import Node, Role
 from nbdmirror.core.ports import Path
-from nbdmirror.core.roles import step_back
+from nbdmirror.core.roles import hand_over, step_back
 from nbdmirror.core.session import EMPTY, Phase, Session
 from nbdmirror.core.wire import FrameType
 from nbdmirror.errors import NbdMirrorError
-from nbdmirror.limits import KEEPALIVE_MS, SILENCE_MS
+from nbdmirror.limits import CONTROLLER_LOST_MS, KEEPALIVE_MS, SILENCE_MS
 
 FLUSH_DEADLINE_FACTOR = 5
 LOCAL_IO_FACTOR = 5
@@ -42,6 +42,7 @@ class Upkeep:
         self.failed_ms: int | None = None
         self.local_mark = (0, 0)
         self.progress_mark = (0, 0)
+        self.attended_ms = 0
 
     def tick(self, now_ms: int) -> None:
         """Do what is due at `now_ms`."""
@@ -60,6 +61,7 @@ class Upkeep:
         self.ask(now_ms)
         self.local_io(now_ms)
         self.failure(now_ms)
+        self.unattended(now_ms)
         self.progress(now_ms)
         if now_ms - self.tidy_ms >= TIDY_MS:
             self.tidy_ms = now_ms
@@ -84,6 +86,7 @@ class Upkeep:
         self.local_mark = later(self.local_mark, gap_ms)
         self.heard_ms += gap_ms
         self.frozen_ms += gap_ms
+        self.attended_ms += gap_ms
         self.echo_sent_ms = 0
 
     def deadlines(self, session: Session, now_ms: int) -> None:
@@ -184,6 +187,23 @@ class Upkeep:
         synced = session is not None and session.sending and session.phase is Phase.SYNCED
         if node.role is Role.PRIMARY and synced and not node.changing:
             node.shell.spawn("step-back", step_back(node))
+
+    def unattended(self, now_ms: int) -> None:
+        """A primary that lost its controller hands over to a peer that has one.
+
+        It goes on serving where it cannot, and it never begins by itself to acknowledge alone.
+        """
+        node = self.node
+        if node.attended or not node.was_attended:
+            self.attended_ms = now_ms
+            return
+        if now_ms - self.attended_ms <= CONTROLLER_LOST_MS:
+            return
+        session = node.sending_session()
+        if session is None or session.phase is not Phase.SYNCED or not session.peer_attended:
+            return
+        if node.role is Role.PRIMARY and not node.changing:
+            node.shell.spawn("hand-over", hand_over(node))
 
 
 def later(mark: tuple[int, int], gap_ms: int) -> tuple[int, int]:

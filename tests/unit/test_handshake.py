@@ -82,7 +82,7 @@ def test_two_holders_of_the_key_get_one_session() -> None:
     mine, theirs = done(one), done(two)
     assert (mine.peer, theirs.peer) == (TWO, ONE)
     assert mine.session == theirs.session != 0
-    assert (mine.version, mine.features) == (theirs.version, theirs.features) == (1, 0b010)
+    assert (mine.version, mine.features) == (theirs.version, theirs.features) == (2, 0b010)
     assert (mine.send_seed, mine.receive_seed) == (theirs.receive_seed, theirs.send_seed)
     assert (mine.send_mac_key, mine.receive_mac_key) == (
         theirs.receive_mac_key,
@@ -163,11 +163,11 @@ def test_the_messages_keep_their_bytes() -> None:
     """Breaks in the field: two builds with the same version number cannot form a session."""
     hello, reply, _ = meet(dialer(features=5), listener(features=6))
     assert hello == b"".join(
-        (b"\x00\x67\x01", b"NBDMIRR\x01", b"\0\1\0\1", b"\0", b"m" * 16, b"\x01", b"1" * 16,
+        (b"\x00\x67\x01", b"NBDMIRR\x01", b"\0\2\0\2", b"\0", b"m" * 16, b"\x01", b"1" * 16,
          b"i" * 16, NONCE_ONE, (5).to_bytes(8, "big"))
     )  # fmt: skip
     assert reply[:-32] == b"".join(
-        (b"\x00\x85\x02", b"NBDMIRR\x01", b"\0\1", b"\0", b"m" * 16, b"\x02", b"2" * 16,
+        (b"\x00\x85\x02", b"NBDMIRR\x01", b"\0\2", b"\0", b"m" * 16, b"\x02", b"2" * 16,
          b"j" * 16, NONCE_TWO, (6).to_bytes(8, "big"))
     )  # fmt: skip
 

@@ -20,6 +20,7 @@ from nbdmirror.core.messages import (
     MapEnd,
     MapPage,
     Message,
+    Relay,
     Role,
     SourceBegin,
     Stable,
@@ -79,6 +80,7 @@ MESSAGES: dict[type[Message], st.SearchStrategy[Any]] = {
     Failed: st.builds(Failed, where=texts, errno=u32),
     SourceBegin: st.builds(SourceBegin, first_seq=u64),
     CaughtUp: st.builds(CaughtUp, seq=u64),
+    Relay: st.builds(Relay, payload=st.binary(max_size=2048)),
 }  # fmt: skip
 
 STATE = State(
@@ -103,6 +105,7 @@ def test_the_kinds_keep_their_numbers() -> None:
         1: State, 2: Verdict, 3: MapPage, 4: MapEnd, 5: UnionStored, 6: TargetReady, 7: JointTake,
         8: JointTaken, 9: LeaveAsk, 10: LeaveAnswer, 11: Left, 12: Role, 13: Bye, 14: Stable,
         15: Failed, 16: SourceBegin, 17: CaughtUp,
+        18: Relay,
     }  # fmt: skip
 
 
@@ -157,6 +160,7 @@ EXAMPLES: tuple[Message, ...] = (
     Failed(where="pwrite", errno=5),
     SourceBegin(first_seq=8, resume=True),
     CaughtUp(seq=9),
+    Relay(attended=True, payload=b"from one"),
 )
 
 
@@ -183,6 +187,7 @@ def test_a_truncated_or_longer_message_is_refused(message: Message) -> None:
         (EXAMPLES[11], "0c 01 0000000000000006"),
         (EXAMPLES[14], "0f 0006 707772697465 00000005"),
         (EXAMPLES[15], "10 0000000000000008 01"),
+        (EXAMPLES[17], "12 01 0008 66726f6d206f6e65"),
     ],
 )
 def test_known_messages_keep_their_bytes(message: Message, sent: str) -> None:
@@ -222,7 +227,7 @@ def patched(at: int, *values: int) -> bytes:
     [
         (b"", "empty"),
         (b"\x00", "unknown kind 0"),
-        (b"\x12", "unknown kind 18"),
+        (b"\x13", "unknown kind 19"),
         (patched(AT_PENDING_KIND, 3), "State: pending_kind: 3"),
         (patched(AT_DATA_STATE, 4), "State: data_state: 4"),
         (patched(AT_ARBITER, 5), "State: arbiter: 5"),
