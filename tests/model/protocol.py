@@ -52,6 +52,7 @@ from tests.model.state import (
     fresh,
     held,
     joined,
+    parted,
     protected,
     start,
     view,
@@ -76,6 +77,7 @@ class Rule(Enum):
     REBOOT = "12: a node without its page cache does not take over"
     SOURCE_FLUSH = "13: the source flushes before the target is written off"
     QUESTION = "16: leaving is a question"
+    SINCE = "16: whoever stays has been in sync until now, and nothing was decided since"
     MAKE_GOOD = "16: the stayer's right is made good at the arbiter from its base"
 
 
@@ -140,7 +142,7 @@ class Model:
     def offers(self, s: State) -> Iterator[tuple[str, Callable[[], State | None]]]:
         """Label and thunk of every step that may be possible; a thunk returns None if it is not."""
         if s.link and s.cuts:
-            yield "cut", lambda: s._replace(link=False, cuts=s.cuts - 1, **NO_SESSION)
+            yield "cut", lambda: parted(s)._replace(link=False, cuts=s.cuts - 1)
         if not s.link:
             yield "heal", lambda: s._replace(link=True)
         for i in (0, 1):
@@ -149,7 +151,8 @@ class Model:
                 ("flush", self.flush), ("claim", self.claim), ("apply", self.apply),
                 ("drop", self.drop), ("settle", self.settle), ("resume", self.resume),
                 ("go alone", self.go_alone), ("demote", self.demote), ("write", self.write),
-                ("leave", self.leave), ("hear the word", self.hear),
+                ("leave", self.leave), ("leave by word", self.leave_by_word),
+                ("hear the word", self.hear),
             ):  # fmt: skip
                 yield f"{name} {i}", partial(step, s, i)
         if connected(s):
@@ -166,20 +169,21 @@ class Model:
         node = s.nodes[i]
         if not node.up or not s.crashes:
             return None
-        node = self.forget_volatile(node)
-        return with_node(s, i, node)._replace(crashes=s.crashes - 1, **NO_SESSION)
+        s = parted(s)
+        node = self.forget_volatile(s.nodes[i])
+        return with_node(s, i, node)._replace(crashes=s.crashes - 1)
 
     def power(self, s: State, i: int) -> State | None:
         """The node loses power: what was not flushed is gone."""
         node = s.nodes[i]
         if not s.crashes or not (node.up or node.cache != node.disk):
             return None
-        node = self.forget_volatile(node)._replace(cache=node.disk, lost_cache=True)
+        s = parted(s)
+        node = self.forget_volatile(s.nodes[i])._replace(cache=node.disk, lost_cache=True)
         after = with_node(s, i, node)._replace(
             crashes=s.crashes - 1,
             solo=both(s.solo, i, s.solo[i] & node.disk),
             cut=both(s.cut, i, s.cut[i] | s.joint),
-            **NO_SESSION,
         )
         if protected(after) & ~(after.nodes[0].cache | after.nodes[1].cache):
             raise Violation("a write acknowledged by both is gone")
@@ -187,7 +191,7 @@ class Model:
 
     def forget_volatile(self, node: Node) -> Node:
         """What a restart forgets; without rule 11 that is also the claim that was sent."""
-        node = node._replace(up=False, role=Role.NONE)
+        node = node._replace(up=False, role=Role.NONE, met=False)
         if Rule.PENDING_FIRST not in self.rules and node.kind is PendingKind.CLAIM:
             node = node if node.alone else node._replace(pending=0, kind=PendingKind.NONE)
         return node
@@ -210,7 +214,7 @@ class Model:
 
     def view(self, i: int, node: Node) -> NodeView:
         """The node for the table: content and network left out, so that the cache works."""
-        slim = node._replace(up=True, cache=0, disk=0, request=(0, 0))
+        slim = node._replace(up=True, met=False, cache=0, disk=0, request=(0, 0))
         return view(i, slim, memory=self.memory)
 
     def may_lead(self, i: int, node: Node, *, linked: bool) -> bool:
@@ -242,7 +246,7 @@ class Model:
         if not node.alone and node.kind is not PendingKind.CLAIM:
             node = self.with_claim(s, node)
         wanted = node.pending or node.gen
-        return with_node(s, i, node._replace(request=(s.record, wanted)))
+        return with_node(s, i, node._replace(request=(s.record, wanted), met=False))
 
     def made_durable(self, node: Node) -> Node:
         """Rule 10."""
@@ -307,7 +311,7 @@ class Model:
         node = self.made_durable(node)
         if node.kind is not PendingKind.JOINT:
             node = self.with_claim(s, node)
-        return self.served(with_node(s, i, node._replace(alone=True, **LEADS)), i)
+        return self.served(with_node(s, i, node._replace(alone=True, met=False, **LEADS)), i)
 
     def demote(self, s: State, i: int) -> State | None:
         """A frozen primary reads that the other node took over."""
@@ -360,13 +364,32 @@ class Model:
         after = after._replace(leaves=s.leaves - 1, **NO_SESSION)
         return after._replace(word=1 - i) if asked else after
 
+    def leave_by_word(self, s: State, i: int) -> State | None:
+        """The controllers ask and tell for a dead engine, or for two without a channel.
+
+        They may have a network that the engines do not have. Whoever stays has been in sync until
+        now: it answers by what it remembers, not by what its metadata says.
+        """
+        node, other = s.nodes[i], s.nodes[1 - i]
+        if not s.leaves or s.source != NOBODY or not other.up:
+            return None
+        if node.up and (node.role is Role.PRIMARY or not node.met):
+            return None
+        equal = node.gen == other.gen and not (node.alone or other.alone)
+        plain = {node.kind, other.kind} == {PendingKind.NONE}
+        good = {node.data, other.data} == {DataState.UPTODATE}
+        if not (equal and plain and good and (other.met or Rule.SINCE not in self.rules)):
+            return None
+        after = change(s, i, data=DataState.OUTDATED, role=Role.NONE, met=False)
+        return after._replace(leaves=s.leaves - 1, word=1 - i)
+
     def hear(self, s: State, i: int) -> State | None:
         """The stayer hears the word: flush, store it, go on with a generation of its own."""
         node = s.nodes[i]
-        if s.word != i or not connected(s) or node.kind is not PendingKind.NONE:
+        if s.word != i or not node.up or s.source != NOBODY or node.kind is not PendingKind.NONE:
             return None
         node = self.with_claim(s, self.made_durable(node))
-        node = node._replace(peer_outdated=True, alone=True, **LEADS)
+        node = node._replace(peer_outdated=True, alone=True, met=False, **LEADS)
         return self.served(with_node(s, i, node)._replace(word=NOBODY), i)
 
     # Contact, resync and joint step.
@@ -380,6 +403,7 @@ class Model:
                     s = change(s, i, pending=0, kind=PendingKind.NONE)
                 else:
                     return None  # settle first
+        s = change(change(s, 0, met=False), 1, met=False)
         mine, theirs = (self.seen(i, s.nodes[i]) for i in (0, 1))
         decision = compared(mine, theirs)
         return self.follow(s._replace(word=NOBODY), decision)

@@ -35,8 +35,8 @@ class Stage(IntEnum):
 
 
 class Node(NamedTuple):
-    """One node. `up` and `role` are volatile; `request` travels in the network and outlives
-    both."""
+    """One node. `up`, `role` and `met` are volatile; `request` travels in the network and
+    outlives both. `met`: its last session was in sync, and nothing was decided over it since."""
 
     up: bool = True
     role: Role = Role.NONE
@@ -52,6 +52,7 @@ class Node(NamedTuple):
     dirty: bool = False
     cache: int = 0
     disk: int = 0
+    met: bool = False
     request: tuple[int, int] = (0, 0)  # (the record it expects, what it wants to put there)
 
 
@@ -146,6 +147,15 @@ def blocked(mine: NodeView, *, linked: bool, memory: bool) -> bool:
 
 NO_SESSION: dict[str, Any] = {"source": NOBODY, "stage": Stage.COPYING, "word": NOBODY}
 LEADS: dict[str, Any] = {"role": Role.PRIMARY, "was_primary": True}
+
+
+def parted(s: State) -> State:
+    """The session ends; whoever is up remembers whether it was in sync."""
+    if s.source != NOBODY:
+        settled = s.stage is Stage.SETTLED
+        nodes = [node._replace(met=settled and node.up) for node in s.nodes]
+        s = s._replace(nodes=(nodes[0], nodes[1]))
+    return s._replace(**NO_SESSION)
 
 
 def with_node(s: State, i: int, node: Node) -> State:

@@ -62,6 +62,8 @@ ABLATIONS = [
     (Rule.SOURCE_FLUSH, NO_MEMORY, (1, 1, 1, 0), OVERWRITTEN),
     (Rule.QUESTION, MEMORY, (1, 1, 0, 1), NO_WAY),
     (Rule.QUESTION, NO_MEMORY, (1, 1, 0, 1), NO_WAY),
+    (Rule.SINCE, MEMORY, (1, 0, 2, 1), LOSS),
+    (Rule.SINCE, NO_MEMORY, (1, 0, 2, 1), LOSS),
     (Rule.MAKE_GOOD, MEMORY, (1, 1, 1, 1), STRANDED),
 ]
 
