@@ -31,6 +31,8 @@ def describe(node: Node) -> dict[str, Any]:
         "fell_back": node.fell_back,
         "cache_survived": node.cache_survived,
         "attended": node.attended,
+        "stop_first": node.stop_first,
+        "changing": node.changing,
         "promote_refusal": promote_refusal(node),
         "last_session": f"{node.last_session.number:016x}" if node.last_session else "",
         "relayed_count": node.relayed_count,

@@ -286,6 +286,7 @@ def require_contiguous(node: Node, applied: int) -> None:
 
 def begin(node: Node, session: Session, decision: Decision, theirs: State) -> Path:
     """Act on a decision that is not a resumption."""
+    node.stop_first = decision.stop_first and node.role is Role.PRIMARY
     if decision.kind not in GOES_ON or decision.stop_first:
         if decision.kind is DecisionKind.SPLIT_BRAIN:
             yield from split_brain(node, waits=decision.stop_first)

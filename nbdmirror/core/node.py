@@ -95,6 +95,7 @@ class Node(Durable):
         self.epoch = 0
         self.changing = ""
         self.stopping = False
+        self.stop_first = False
         self.giving_up = False
         self.refusal = ""
         self.seq = 0
@@ -182,6 +183,7 @@ class Node(Durable):
     def take_role(self, role: Role) -> None:
         """Change the role; commands decided under the old epoch are refused from here on."""
         if role is not self.role:
+            self.stop_first = False
             self.role = role
             self.epoch += 1
             self.shell.emit("role", role=role.value, epoch=self.epoch)

@@ -1,0 +1,139 @@
+"""What a heartbeat says: where a node stands, and the words of leaving that are under way.
+
+Owns the form of it: a JSON object, small enough for one datagram. It repeats until it changes, so
+a lost datagram costs one beat and nothing else; a question and its answer carry the same id, and
+saying them twice is the same as once. Must never carry a secret, or trust a field of the peer's.
+"""
+
+from typing import Annotated, Final
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from nbdmirror.core.cluster.heartbeat import BODY_BYTES_MAX
+from nbdmirror.core.cluster.view import Peer
+from nbdmirror.core.messages import printable
+from nbdmirror.errors import PeerProtocolError
+
+BODY_VERSION: Final = 1
+REASON_CHARS_MAX: Final = 160
+SHORT_CHARS_MAX: Final = 40
+
+_Id = Annotated[str, Field(max_length=SHORT_CHARS_MAX, pattern=r"^[0-9a-f]*$")]
+_Short = Annotated[str, Field(max_length=SHORT_CHARS_MAX)]
+_Text = Annotated[str, Field(max_length=REASON_CHARS_MAX)]
+_Node = Annotated[int, Field(ge=0, le=255)]
+
+
+class _Part(BaseModel):
+    # A newer peer may say more than this program understands.
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+
+
+class Ask(_Part):
+    """ "Do you stay?", by a node whose engine is dead or has no channel."""
+
+    id: _Id
+    generation: _Id
+
+
+class Answer(_Part):
+    """The answer to the question of that id; `session` binds it to a moment."""
+
+    id: _Id
+    stay: bool
+    session: _Id = ""
+    reason: _Text = ""
+
+
+class Word(_Part):
+    """ "I am durably outdated", said until the peer has stored it."""
+
+    id: _Id
+    generation: _Id
+    session: _Id
+
+
+class Body(_Part):
+    """One heartbeat. `please`: the id of a request to leave. `done`: of a word that was stored."""
+
+    v: int = BODY_VERSION
+    role: _Short = "WAIT"
+    readiness: _Short = "not-ready"
+    reason: _Text = ""
+    wanted: bool = False
+    engine: bool = False
+    primary: bool = False
+    promotable: bool = False
+    was_primary: bool = False
+    held_back: bool = False
+    candidate: _Node = 0
+    swap_to: _Node = 0
+    deposed: bool = False
+    service: _Short = "down"
+    data_state: _Short = ""
+    config: _Id = ""
+    ask: Ask | None = None
+    answer: Answer | None = None
+    word: Word | None = None
+    please: _Id = ""
+    refused: _Id = ""
+    done: _Id = ""
+
+
+def short(text: str) -> str:
+    """A sentence as it fits into a heartbeat."""
+    clean = printable(text)
+    return clean if len(clean) <= REASON_CHARS_MAX else clean[: REASON_CHARS_MAX - 3] + "..."
+
+
+def encode(body: Body) -> bytes:
+    """The bytes of a body; without its reason where they would be too many."""
+    data = body.model_dump_json(exclude_defaults=True).encode()
+    if len(data) > BODY_BYTES_MAX:
+        data = (
+            body.model_copy(update={"reason": ""}).model_dump_json(exclude_defaults=True).encode()
+        )
+    assert len(data) <= BODY_BYTES_MAX, "the parts of a body are bounded"
+    return data
+
+
+def decode(data: bytes) -> Body:
+    """A body of the peer.
+
+    Raises:
+        PeerProtocolError: it is none, or of another version.
+    """
+    try:
+        body = Body.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "body"
+        raise PeerProtocolError(f"heartbeat: {where}: {first['msg']}") from error
+    if body.v != BODY_VERSION:
+        raise PeerProtocolError(
+            f"heartbeat: the peer speaks version {body.v}, this node {BODY_VERSION}: upgrade the "
+            "older node"
+        )
+    return body
+
+
+def peer_of(body: Body | None, *, heard: bool) -> Peer:
+    """The view of the peer from its newest body; None: it was never heard."""
+    if body is None:
+        return Peer()
+    return Peer(
+        heard=heard,
+        ever_heard=True,
+        role=body.role,
+        readiness=body.readiness,
+        wanted=body.wanted,
+        engine=body.engine,
+        primary=body.primary,
+        promotable=body.promotable,
+        was_primary=body.was_primary,
+        held_back=body.held_back,
+        candidate=body.candidate,
+        swap_to=body.swap_to,
+        deposed=body.deposed,
+        service=body.service,
+    )

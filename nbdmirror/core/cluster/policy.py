@@ -1,0 +1,436 @@
+"""What a controller does next: one table, read from the top, the first row that applies decides.
+
+Observe, decide, act: the controller looks at everything (view.py), asks this table, carries out
+one step, and looks again. A step is small, may be repeated, and does one thing. So nothing has to
+be remembered about how a node came to be where it is, and a controller that was killed goes on
+where it was. Each row gives one sentence of reason: the same in log, status and `explain`.
+
+The order of the rows is the order of what matters:
+
+1. *What must not run is ended.* A node that shall stop, has no engine, or whose engine does not
+   serve any more first takes down what it started for its role. Nothing is promoted on top of
+   leftovers (rule 22).
+2. *The engine is kept alive.* A dead one that served is first spoken for (rule 16), so that the
+   peer goes on at once; then it is started again, in no role.
+3. *A primary* that is to be overwritten, or was replaced, steps back. One that froze asks its peer
+   to leave while the controllers still talk; else the arbiter decides (rule 11). Then come orders,
+   and what a serving primary has to run.
+4. *A node that is not primary* becomes it only for one of four reasons: an operator said so; it
+   holds the right; the two are connected and both name it; or its peer is silent, everywhere and
+   for long enough, this copy was in sync until then, and the arbiter agrees. "Was in sync until
+   then" is a fact of this engine's life: after a restart nobody knows what the peer did meanwhile,
+   and a node waits (rules 11, 12) unless its metadata says that the peer is the one behind.
+
+Must never know how a step is carried out, or look at a clock.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, TypeAlias
+
+from nbdmirror.core.cluster.view import Engine, OrderKind, Service, Verdict, View
+
+
+class Step(StrEnum):
+    """What is done next. NOTHING is a place to stay, with a reason."""
+
+    NOTHING = "nothing"
+    CLEAN = "remove leftovers"
+    SPEAK = "speak for the dead engine"
+    START_ENGINE = "start the engine"
+    STOP_ENGINE = "stop the engine"
+    ENTER = "bring up the application"
+    LEAVE = "take down the application"
+    PROMOTE = "promote"
+    DEMOTE = "demote"
+    ALONE = "go on alone"
+    ASK_PEER = "ask the peer to leave"
+    ASK_ARBITER = "ask the arbiter"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The row that applied, its step, and its sentence."""
+
+    row: str
+    step: Step
+    reason: str
+
+
+Test: TypeAlias = Callable[[View], bool]
+Text: TypeAlias = Callable[[View], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table."""
+
+    name: str
+    applies: Test
+    step: Step
+    reason: str | Text
+
+
+# --- what the rows ask ---------------------------------------------------------------------
+
+
+def runs_something(v: View) -> bool:
+    """Whether anything of the application is here or on its way."""
+    return v.service is not Service.DOWN
+
+
+def is_primary(v: View) -> bool:
+    """Whether the engine serves."""
+    return v.engine is not None and v.engine.primary
+
+
+def engine(v: View) -> Engine:
+    """The engine, where a row above has made sure that there is one."""
+    assert v.engine is not None
+    return v.engine
+
+
+def peer_serves(v: View) -> bool:
+    """Whether the peer is primary, as far as heartbeats and channel tell."""
+    return (v.peer.heard and v.peer.primary) or (v.engine is not None and v.engine.peer_primary)
+
+
+def silent(v: View) -> bool:
+    """Neither heartbeats nor channel: the peer may be dead, or cut off."""
+    return not v.peer.heard and v.engine is not None and v.engine.phase == ""
+
+
+def promotable(v: View) -> bool:
+    """Whether this copy may serve without force, and nothing here stands against it."""
+    return (
+        v.engine is not None
+        and not v.engine.promote_refusal
+        and not v.engine.failed
+        and not v.held_back
+    )
+
+
+def holds_right(v: View) -> bool:
+    """Whether the metadata itself says that the peer is the one behind (rules 12 and 16)."""
+    return v.engine is not None and (v.engine.right_alone or v.engine.peer_outdated)
+
+
+def may_use_right(v: View) -> bool:
+    """Whether a node that holds the right uses it: the last primary does in any case."""
+    return holds_right(v) and promotable(v) and (may_take_over(v) or engine(v).was_primary)
+
+
+def may_take_over(v: View) -> bool:
+    """Whether a secondary may act without an operator."""
+    return v.settings.takeover and v.settings.failover
+
+
+def candidate(v: View) -> int:
+    """Which of two connected nodes without a primary becomes it; 0 for neither.
+
+    The only one that can; else the one a swap goes to; else the last primary; else the preferred
+    one; else the lower id. Both nodes compute it from the same facts, and one goes on only when the
+    other has named it, too.
+    """
+    s = v.settings
+    mine = promotable(v)
+    theirs = v.peer.promotable and not v.peer.held_back and v.peer.wanted and v.peer.engine
+    if not (mine and theirs):
+        able = s.node_id if mine else s.peer_id if theirs else 0
+        was = engine(v).was_primary if mine else v.peer.was_primary
+        return able if s.takeover or was else 0
+    target = v.swap_to or v.peer.swap_to
+    if target in (s.node_id, s.peer_id):
+        return target
+    last = [
+        node
+        for node, was in (
+            (s.node_id, engine(v).was_primary),
+            (s.peer_id, v.peer.was_primary),
+        )
+        if was
+    ]
+    if len(last) == 1:
+        return last[0]
+    if not s.takeover:
+        return 0
+    return s.preferred_id or min(s.node_id, s.peer_id)
+
+
+def elected(v: View) -> bool:
+    """Whether both name this node. A peer without a controller names nobody and takes nothing."""
+    e = engine(v)
+    if not e.synced or e.peer_primary or not promotable(v):
+        return False
+    if not e.peer_attended and not v.peer.heard:
+        return True
+    return (
+        v.peer.heard
+        and candidate(v) == v.settings.node_id
+        and v.peer.candidate == v.settings.node_id
+    )
+
+
+def swap_back(v: View) -> bool:
+    """Whether the peer is the preferred one, in sync, ready, and may serve."""
+    s, p = v.settings, v.peer
+    wanted = s.preferred_id == s.peer_id or (s.preferred_last and p.deposed)
+    ready = p.role == "SECOND" and p.readiness == "ready" and p.promotable and not p.held_back
+    return wanted and s.failover and engine(v).synced and p.heard and ready
+
+
+def silence_reason(v: View) -> str:
+    """Why a node that hears nothing stays where it is; "" if nothing but the arbiter is open."""
+    e, s = engine(v), v.settings
+    unknown = not e.met and not holds_right(v)
+    reasons = (
+        v.held_back,
+        f"this node's disk failed: {e.failed}" if e.failed else "",
+        e.promote_refusal,
+        "" if s.takeover else 'takeover = "operator": `nbdmirror prim` makes this node serve',
+        "" if s.failover else "failover is off: `nbdmirror failover on`, or `nbdmirror prim`",
+        UNKNOWN_PEER if unknown else "",
+    )
+    return next(filter(None, reasons), "")
+
+
+def waits_alone(v: View) -> bool:
+    """A silent peer, and a reason not to take over."""
+    return silent(v) and bool(silence_reason(v))
+
+
+def verdict_is(*verdicts: Verdict) -> Test:
+    """A test of the arbiter's answer."""
+    return lambda v: v.verdict in verdicts
+
+
+def order_is(kind: OrderKind) -> Test:
+    """A test of the order."""
+    return lambda v: v.order is kind
+
+
+def both(*tests: Test) -> Test:
+    """All of the tests."""
+    return lambda v: all(test(v) for test in tests)
+
+
+def primary_and(*tests: Test) -> Test:
+    """All of the tests, of a primary."""
+    return both(is_primary, *tests)
+
+
+def frozen(v: View) -> bool:
+    """Whether clients wait for a decision. Not while a new session is being agreed on."""
+    e = engine(v)
+    return e.frozen and e.asks and not e.changing and e.phase == ""
+
+
+def gives_way(v: View) -> bool:
+    """Whether this node must stop serving for its peer to be right."""
+    e = engine(v)
+    replaced = v.peer.heard and v.peer.primary and not e.right_alone and not e.synced
+    return e.stop_first or (e.split and not e.right_alone) or replaced
+
+
+def gives_way_reason(v: View) -> str:
+    """Which of these it is."""
+    e = engine(v)
+    if e.stop_first or e.split:
+        return e.refusal or "this node's copy is the one that waits"
+    return f"{v.settings.peer_name} serves, and this node has no right of its own"
+
+
+def speaks(v: View) -> bool:
+    """A dead engine that served, a peer that listens, and words not tried yet."""
+    tried = v.spoken or not v.died_serving
+    return v.engine is None and not tried and v.peer.heard and may_take_over(v)
+
+
+def no_engine(v: View) -> bool:
+    """Whether there is none."""
+    return v.engine is None
+
+
+# --- the table -----------------------------------------------------------------------------
+
+UNKNOWN_PEER: Final = (
+    "nobody knows here what the other node did since this engine started; start the other node, or "
+    "type `nbdmirror prim` if it is gone for good"
+)
+HANDS_OVER: Final = (OrderKind.SWAP, OrderKind.STOPSTART, OrderKind.WAIT)
+MOVING: Final = (Service.ENTERING, Service.LEAVING)
+
+TABLE: Final[tuple[Row, ...]] = (
+    # 1. What must not run is ended.
+    Row("engine died", speaks, Step.SPEAK, "the engine died while it served; the peer is told so"),
+    Row(
+        "stopping", lambda v: not v.wanted and v.service is Service.LEAVING, Step.NOTHING,
+        "stopping: the application is being taken down",
+    ),
+    Row(
+        "stop", lambda v: not v.wanted and runs_something(v), Step.LEAVE,
+        lambda v: f"stopping: {v.stop_reason}",
+    ),
+    Row(
+        "stop engine", lambda v: not v.wanted and v.engine is not None, Step.STOP_ENGINE,
+        lambda v: f"stopping: {v.stop_reason}",
+    ),
+    Row("stopped", lambda v: not v.wanted, Step.NOTHING, lambda v: v.stop_reason),
+    Row(
+        "going down", lambda v: not is_primary(v) and v.service is Service.LEAVING, Step.NOTHING,
+        "the application is being taken down",
+    ),
+    Row(
+        "not served", lambda v: not is_primary(v) and runs_something(v), Step.LEAVE,
+        "the engine here does not serve any more: what runs on its device is taken down",
+    ),
+    Row(
+        "leftovers", lambda v: not is_primary(v) and v.leftovers, Step.CLEAN,
+        "something of an earlier life is still here (rule 22)",
+    ),
+    # 2. The engine is kept alive.
+    Row("given up", both(no_engine, lambda v: bool(v.engine_given_up)), Step.NOTHING,
+        lambda v: v.engine_given_up),
+    Row("no engine", no_engine, Step.START_ENGINE, "the engine of this node is not running"),
+    # 3. A primary.
+    Row(
+        "gives way, going down", primary_and(gives_way, lambda v: v.service is Service.LEAVING),
+        Step.NOTHING, gives_way_reason,
+    ),
+    Row("gives way", primary_and(gives_way, runs_something), Step.LEAVE, gives_way_reason),
+    Row("gives way, demote", primary_and(gives_way), Step.DEMOTE, gives_way_reason),
+    Row(
+        "frozen, the peer talks",
+        primary_and(frozen, lambda v: v.peer.heard and not v.asked_peer),
+        Step.ASK_PEER,
+        "the channel is lost, the controllers still talk: the peer is asked to leave",
+    ),
+    Row(
+        "frozen, no", primary_and(frozen, verdict_is(Verdict.NO)), Step.DEMOTE,
+        lambda v: f"the arbiter says no: {v.verdict_reason}",
+    ),
+    Row(
+        "frozen, yes", primary_and(frozen, verdict_is(Verdict.YES)), Step.ALONE,
+        lambda v: f"the peer is lost and this node goes on alone: {v.verdict_reason}",
+    ),
+    Row(
+        "frozen", primary_and(frozen), Step.ASK_ARBITER,
+        "the peer is lost; the arbiter is asked whether this node may go on alone",
+    ),
+    Row(
+        "restart, going down",
+        primary_and(order_is(OrderKind.RESTART), lambda v: v.service in MOVING),
+        Step.NOTHING, lambda v: f"restarting the application: {v.order_from}",
+    ),
+    Row(
+        "restart", primary_and(order_is(OrderKind.RESTART), runs_something), Step.LEAVE,
+        lambda v: f"restarting the application: {v.order_from}",
+    ),
+    Row(
+        "hand over, going down",
+        primary_and(lambda v: v.order in HANDS_OVER, lambda v: v.service is Service.LEAVING),
+        Step.NOTHING, lambda v: f"stepping back: {v.order_from}",
+    ),
+    Row(
+        "hand over", primary_and(lambda v: v.order in HANDS_OVER, runs_something), Step.LEAVE,
+        lambda v: f"stepping back: {v.order_from}",
+    ),
+    Row(
+        "hand over, demote", primary_and(lambda v: v.order in HANDS_OVER), Step.DEMOTE,
+        lambda v: f"stepping back: {v.order_from}",
+    ),
+    Row(
+        "entering", primary_and(lambda v: v.service in MOVING), Step.NOTHING,
+        lambda v: "the application is being started" if v.service is Service.ENTERING
+        else "the application is being taken down",
+    ),
+    Row(
+        "start failed", primary_and(lambda v: v.service is Service.FAILED), Step.NOTHING,
+        lambda v: f"the application failed: {v.service_reason}",
+    ),
+    Row(
+        "before", primary_and(lambda v: v.service is Service.DOWN and bool(v.before_down)),
+        Step.NOTHING, lambda v: f"the application waits until this is well: {v.before_down}",
+    ),
+    Row(
+        "enter", primary_and(lambda v: v.service is Service.DOWN and not engine(v).frozen),
+        Step.ENTER, "this node serves: its application is started",
+    ),
+    Row("alone", primary_and(lambda v: not engine(v).synced), Step.NOTHING,
+        lambda v: "this node serves alone: " + (
+            "the peer is being brought up to date" if engine(v).phase else
+            engine(v).refusal or "the peer is not connected")),
+    Row("primary", is_primary, Step.NOTHING, "this node serves, and the peer has every write"),
+    # 4. A node that is not primary.
+    Row(
+        "ordered", both(order_is(OrderKind.PRIM), lambda v: not peer_serves(v)), Step.PROMOTE,
+        lambda v: f"made primary: {v.order_from}",
+    ),
+    Row("disk failed", lambda v: bool(engine(v).failed), Step.NOTHING,
+        lambda v: f"this node's disk failed: {engine(v).failed}; look at it, then stop and start"),
+    Row(
+        "busy", lambda v: bool(engine(v).changing) or engine(v).phase == "negotiating",
+        Step.NOTHING, "the two engines are comparing what they know",
+    ),
+    Row(
+        "second", lambda v: engine(v).synced and engine(v).peer_primary, Step.NOTHING,
+        lambda v: f"{v.settings.peer_name} serves; this node has every write",
+    ),
+    Row(
+        "resync", lambda v: bool(engine(v).phase) and engine(v).peer_primary, Step.NOTHING,
+        lambda v: f"{v.settings.peer_name} serves; this copy is being brought up to date",
+    ),
+    Row("elected", elected, Step.PROMOTE, "neither node serves, and both name this one"),
+    Row(
+        "not elected", lambda v: engine(v).synced, Step.NOTHING,
+        lambda v: v.held_back or "neither node serves; the other one is to become primary",
+    ),
+    Row(
+        "source", both(may_use_right, lambda v: bool(engine(v).phase)), Step.PROMOTE,
+        "this copy is the newest: it serves while the peer is brought up to date",
+    ),
+    Row(
+        "connected", lambda v: bool(engine(v).phase), Step.NOTHING,
+        "the two engines are connected; neither serves until the copies are equal",
+    ),
+    Row(
+        "peer serves", peer_serves, Step.NOTHING,
+        lambda v: f"{v.settings.peer_name} serves; waiting for its engine to connect"
+        + (f": {engine(v).refusal}" if engine(v).refusal else ""),
+    ),
+    Row(
+        "right", may_use_right, Step.PROMOTE,
+        "the peer is known to be behind, and this copy is complete",
+    ),
+    Row("waits", waits_alone, Step.NOTHING, silence_reason),
+    Row(
+        "takeover, no", both(silent, verdict_is(Verdict.NO)), Step.NOTHING,
+        lambda v: f"the peer is silent, and the arbiter says no: {v.verdict_reason}",
+    ),
+    Row(
+        "takeover", both(silent, verdict_is(Verdict.YES)), Step.PROMOTE,
+        lambda v: f"the peer is silent, on every network and on the channel: {v.verdict_reason}",
+    ),
+    Row(
+        "silent", silent, Step.ASK_ARBITER,
+        "the peer is silent; the arbiter is asked whether this node may take over",
+    ),
+    Row(
+        "engine of the peer",
+        lambda v: v.peer.heard and not v.peer.engine and promotable(v) and engine(v).met
+        and may_take_over(v) and not v.asked_peer,
+        Step.ASK_PEER, "the peer has no engine: it is asked to leave, so that this node can serve",
+    ),
+    Row(
+        "waits for contact", lambda _v: True, Step.NOTHING,
+        lambda v: engine(v).refusal or "waiting for the other node's engine to connect",
+    ),
+)  # fmt: skip
+
+
+def decide(view: View) -> Decision:
+    """The next step. Every view has exactly one."""
+    row = next(row for row in TABLE if row.applies(view))
+    reason = row.reason if isinstance(row.reason, str) else row.reason(view)
+    return Decision(row.name, row.step, reason)

@@ -1,0 +1,190 @@
+"""What a controller sees at one moment: its engine, its peer, what runs here, what was asked for.
+
+Owns the shapes and how an engine's state becomes one of them. Everything here is a fact; what
+follows from it is the policy's. Must never hold anything that the policy does not look at.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+NO_SESSION = ""
+NEGOTIATING = "negotiating"
+SYNCED = "synced"
+
+
+class Role(StrEnum):
+    """What users know."""
+
+    STOP = "STOP"
+    WAIT = "WAIT"
+    ALONE = "ALONE"
+    PRIM = "PRIM"
+    SECOND = "SECOND"
+
+
+class Readiness(StrEnum):
+    """How far a role is what it says."""
+
+    READY = "ready"
+    TRANSIENT = "transient"
+    NOT_READY = "not-ready"
+
+
+class Service(StrEnum):
+    """Application, mount, device and addresses, taken together."""
+
+    DOWN = "down"
+    ENTERING = "entering"
+    UP = "up"
+    LEAVING = "leaving"
+    FAILED = "failed"  # what did come up of it is still there
+
+
+class Verdict(StrEnum):
+    """What the arbiter says about going on without the peer."""
+
+    UNASKED = "unasked"
+    YES = "yes"
+    NO = "no"
+
+
+class OrderKind(StrEnum):
+    """What an operator or a checker may want of a running node."""
+
+    PRIM = "prim"
+    SWAP = "swap"
+    RESTART = "restart"
+    STOPSTART = "stopstart"
+    WAIT = "wait"
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """The engine's state, as far as decisions need it. `phase` is "" without a session.
+
+    `asks`: clients wait, and nothing that is under way will end that. `met`: its last session was
+    in sync, it ended, and nothing was decided over it since.
+    """
+
+    instance: str
+    epoch: int
+    primary: bool
+    data_state: str
+    generation: str
+    frozen: bool
+    asks: bool
+    right_alone: bool
+    failed: str
+    phase: str
+    met: bool
+    peer_primary: bool
+    peer_attended: bool
+    peer_outdated: bool
+    promote_refusal: str
+    was_primary: bool
+    stop_first: bool
+    split: bool
+    refusal: str
+    changing: str
+
+    @property
+    def synced(self) -> bool:
+        """Whether both copies are equal and connected."""
+        return self.phase == SYNCED
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The peer's controller, as its newest heartbeat has it. All defaults: never heard.
+
+    `heard`: a fresh one came within the silence. `candidate` is the node id that it would make
+    primary, 0 for none.
+    """
+
+    heard: bool = False
+    ever_heard: bool = False
+    role: str = ""
+    readiness: str = ""
+    wanted: bool = False
+    engine: bool = False
+    primary: bool = False
+    promotable: bool = False
+    was_primary: bool = False
+    held_back: bool = False
+    candidate: int = 0
+    swap_to: int = 0
+    deposed: bool = False
+    service: str = Service.DOWN
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the configuration and the operator's switches say."""
+
+    node_id: int
+    peer_id: int
+    peer_name: str = "the other node"
+    preferred_id: int = 0
+    preferred_last: bool = False
+    takeover: bool = True
+    failover: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One moment. `order` is what is being carried out, `order_from` who asked for it and why.
+
+    `wanted`: the operator wants this node up. `held_back`: why it may not be primary now, "" if it
+    may. `engine_given_up`: why no engine is started any more. `spoken`: the words of leaving for
+    the engine that died were tried. `asked_peer`: the peer was asked to leave in this freeze.
+    """
+
+    settings: Settings
+    wanted: bool = True
+    stop_reason: str = ""
+    engine: Engine | None = None
+    engine_given_up: str = ""
+    died_serving: bool = False
+    spoken: bool = True
+    peer: Peer = field(default_factory=Peer)
+    service: Service = Service.DOWN
+    service_reason: str = ""
+    leftovers: bool = False
+    before_down: str = ""
+    verdict: Verdict = Verdict.UNASKED
+    verdict_reason: str = ""
+    asked_peer: bool = False
+    held_back: str = ""
+    order: OrderKind | None = None
+    order_from: str = ""
+    swap_to: int = 0
+
+
+def engine_of(state: Mapping[str, Any]) -> Engine:
+    """The view of an engine from the answer to `state`; a field that is missing is its zero."""
+    session = state.get("session") or {}
+    flags = state.get("flags") or []
+    return Engine(
+        instance=str(state.get("instance", "")),
+        epoch=int(state.get("epoch", 0)),
+        primary=state.get("role") == "primary",
+        data_state=str(state.get("data_state", "")),
+        generation=str(state.get("generation", "")),
+        frozen=bool(state.get("frozen")),
+        asks=state.get("question") == "frozen",
+        right_alone=bool(state.get("right_alone")),
+        failed=str(state.get("failed", "")),
+        phase=str(session.get("phase", "")),
+        met=bool(state.get("last_session")),
+        peer_primary=bool(session.get("peer_primary")),
+        peer_attended=bool(session.get("peer_attended")),
+        peer_outdated="peer_outdated" in flags,
+        promote_refusal=str(state.get("promote_refusal", "")),
+        was_primary="was_primary" in flags,
+        stop_first=bool(state.get("stop_first")),
+        split="split" in flags,
+        refusal=str(state.get("refusal", "")),
+        changing=str(state.get("changing", "")),
+    )
