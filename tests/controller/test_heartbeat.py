@@ -306,17 +306,41 @@ def test_words_of_the_peers_last_life_that_echo_mine_do_not_count_any_more() -> 
         assert one.link.take(datagram, 9000) is None
 
 
+def test_two_lives_that_heard_the_same_word_do_not_count_in_turn() -> None:
+    """Breaks in the field: two recorded words in turn keep a dead peer alive."""
+    one, two = met()
+    word = one.send(1200)
+    two.link.take(word, 1200)
+    first = two.send(1201)
+    two.restart()
+    two.link.take(word, 1202)
+    second = two.send(1203)
+    assert one.link.take(first, 1204) is not None
+    assert one.link.take(second, 1205) is None
+    assert one.link.refused == {Refusal.OLD: 1}
+
+
+def test_a_live_peer_that_answers_somebody_else_is_refused_and_told() -> None:
+    """Breaks in the field: a peer that is deaf here counts as heard, and `status` has no reason."""
+    one, two = met()
+    astray = replace(decode(KEY, two.send(1200)), echo_nonce=b"x" * 16)
+    assert one.link.take(encode(KEY, astray), 1200) is None
+    assert one.link.refused == {Refusal.ECHO: 1}
+    assert one.link.take(two.send(1400), 1400) is not None
+
+
 def test_recorded_hellos_do_not_keep_the_peer_out() -> None:
-    """Breaks in the field: while somebody replays, a restarted node never hears its peer."""
-    one, two = Host(1), Host(2)
-    recorded = []
-    for _ in range(HELLOS_MAX + 3):
-        recorded.append(two.send(0))
-        two.restart()
-    for datagram in recorded:
-        one.link.take(datagram, 100)
-    exchange(one, two, 200, HELLOS_MAX + 2)
-    assert one.link.heard_ms == two.link.heard_ms == 200 + (HELLOS_MAX + 1) * HEARTBEAT_MS
+    """Breaks in the field: while somebody replays, two restarted nodes never hear each other."""
+    hosts = (Host(1), Host(2))
+    for each in hosts:
+        for _ in range(HELLOS_MAX + 3):
+            each.send(0)
+            each.restart()
+    for each, other in (hosts, hosts[::-1]):
+        for datagram in other.sent:
+            each.link.take(datagram, 100)
+    exchange(*hosts, 200, HELLOS_MAX + 2)
+    assert [each.link.heard_ms for each in hosts] == [200 + (HELLOS_MAX + 1) * HEARTBEAT_MS] * 2
 
 
 def test_what_is_not_meant_is_refused_with_its_reason() -> None:

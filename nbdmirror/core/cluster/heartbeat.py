@@ -381,7 +381,6 @@ class Link:
         self._live = packet.nonce
         self._live_heard = _Heard(packet.seq, now_ms)
         self._echoed_seq = packet.echo_seq
-        self._hellos.clear()
         self.newest = packet
         self.heard_ms = now_ms
         self._silence.heard(now_ms)
