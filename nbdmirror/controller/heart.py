@@ -344,12 +344,10 @@ class Heart:
         """Since the last fresh datagram on any network or the channel, or since the start.
 
         Counted while awake. After a pause the sockets are read first; bodies found there are
-        handed on in the next round of the loop, never from inside of this call.
+        handed on with the next heartbeat at the latest, never from inside of this call.
         """
         now_ms = boottime_ms()
         self._round(now_ms)
-        if self._bodies and self._loop is not None:
-            self._loop.call_soon(self._hand_on)
         return min(network.link.silent_ms(now_ms) for network in self._all)
 
     def ever_heard(self) -> bool:
