@@ -16,13 +16,17 @@ OOM_SCORE_ADJ: Final = -1000
 PR_SET_IO_FLUSHER: Final = 57
 
 
-def lock_memory() -> list[str]:
-    """Lock present and future pages as they are touched; returns what the system refused."""
+def lock_memory(*, flusher: bool = True) -> list[str]:
+    """Lock present and future pages as they are touched; returns what the system refused.
+
+    `flusher`: declare this process one that writes other processes' pages. Every process it starts
+    inherits that, so whoever starts applications must not.
+    """
     refused: list[str] = []
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT):
         refused.append(f"locking memory: {os.strerror(ctypes.get_errno())}; raise LimitMEMLOCK")
-    if libc.prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0):
+    if flusher and libc.prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0):
         refused.append(f"declaring an I/O flusher: {os.strerror(ctypes.get_errno())}")
     try:
         Path("/proc/self/oom_score_adj").write_text(f"{OOM_SCORE_ADJ}\n", encoding="ascii")

@@ -52,6 +52,10 @@ class Application:
         self._surely_stopped = False
         self._reason = ""
 
+    def reconfigure(self, section: ApplicationSection) -> None:
+        """Use other scripts, units and bounds from the next start or stop on."""
+        self._section = section
+
     def facts(self) -> dict[str, Any]:
         """For status: `state`, what is configured, and the reason of the last failure."""
         return {

@@ -5,6 +5,7 @@ a lost datagram costs one beat and nothing else; a question and its answer carry
 saying them twice is the same as once. Must never carry a secret, or trust a field of the peer's.
 """
 
+import json
 from typing import Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -56,7 +57,7 @@ class Word(_Part):
 class Body(_Part):
     """One heartbeat. `please`: the id of a request to leave. `done`: of a word that was stored."""
 
-    v: int = BODY_VERSION
+    v: int = 0
     role: _Short = "WAIT"
     readiness: _Short = "not-ready"
     reason: _Text = ""
@@ -88,11 +89,10 @@ def short(text: str) -> str:
 
 def encode(body: Body) -> bytes:
     """The bytes of a body; without its reason where they would be too many."""
-    data = body.model_dump_json(exclude_defaults=True).encode()
+    facts = body.model_dump(exclude_defaults=True) | {"v": BODY_VERSION}
+    data = json.dumps(facts, separators=(",", ":")).encode()
     if len(data) > BODY_BYTES_MAX:
-        data = (
-            body.model_copy(update={"reason": ""}).model_dump_json(exclude_defaults=True).encode()
-        )
+        data = json.dumps({**facts, "reason": ""}, separators=(",", ":")).encode()
     assert len(data) <= BODY_BYTES_MAX, "the parts of a body are bounded"
     return data
 

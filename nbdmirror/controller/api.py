@@ -1,0 +1,282 @@
+"""The controller's own socket: JSON lines over a Unix socket, for the command line.
+
+Owns the names of the commands, their arguments, who may give them, and what is refused at once
+with its remedy. The form is that of the engine's socket. An order is accepted here and carried out
+by the conductor; `status` shows how far it is. Must never wait for a role to change.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final
+
+from nbdmirror.control import described, may_command, parse
+from nbdmirror.controller.conductor import Conductor
+from nbdmirror.controller.reload import plan_of
+from nbdmirror.controller.status import status_of
+from nbdmirror.controller.switches import stored
+from nbdmirror.core.cluster import policy
+from nbdmirror.core.cluster.view import OrderKind, Service
+from nbdmirror.errors import NbdMirrorError, RefusedError
+from nbdmirror.files import path_error, remove_socket, require_socket_path
+from nbdmirror.limits import MIB
+
+LINE_BYTES_MAX: Final = MIB
+CONNECTIONS_MAX: Final = 64
+IDLE_S: Final = 600.0
+EVENT_POLL_S: Final = 0.1
+SWITCHES: Final = ("checkers", "failover", "boot")
+OPERATOR: Final = "an operator asked for it"
+
+Arguments = dict[str, Any]
+Handler = Callable[[Arguments], Awaitable[str]]
+
+
+class Api:
+    """Serves one conductor. Every handler returns one sentence: what was done."""
+
+    def __init__(self, conductor: Conductor) -> None:
+        self._conductor = conductor
+        self._connections = 0
+        self._server: asyncio.Server | None = None
+        self._commands: dict[str, Handler] = {
+            "start": self._start,
+            "stop": self._stop,
+            "prim": self._prim,
+            "second": self._second,
+            "swap": self._swap,
+            "restart": self._restart,
+            "resync": self._resync,
+            "switch": self._switch,
+            "mount": self._mount,
+            "unmount": self._unmount,
+        }
+
+    async def start(self, path: Path) -> None:
+        """Listen. The mirror's lock is held, so a socket that is there is a dead controller's.
+
+        Raises:
+            RefusedError: what is there is no socket. ConfigError, OutOfSpaceError: it cannot be
+            made.
+        """
+        require_socket_path(path)
+        before = os.umask(0o177)
+        try:
+            remove_socket(path)
+            self._server = await asyncio.start_unix_server(
+                self._serve, path=str(path), limit=LINE_BYTES_MAX
+            )
+        except OSError as error:
+            remedy = "the controller needs a directory where it may make its socket"
+            raise path_error(error, str(path), remedy) from error
+        finally:
+            os.umask(before)
+
+    async def close(self) -> None:
+        """Take no more connections."""
+        if self._server is not None:
+            self._server.close()
+
+    # --- connections --------------------------------------------------------------------------
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._connections += 1
+        try:
+            if self._connections > CONNECTIONS_MAX or not may_command(writer):
+                return
+            while line := await asyncio.wait_for(reader.readline(), IDLE_S):
+                await self._answer(line, writer)
+        except (ConnectionError, TimeoutError, ValueError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            self._connections -= 1
+            writer.close()
+
+    async def _answer(self, line: bytes, writer: asyncio.StreamWriter) -> None:
+        request_id: Any = None
+        try:
+            request = parse(line)
+            request_id = request.get("id")
+            if request["command"] == "events":
+                await self._events(request, writer)
+                return
+            reply = {"id": request_id, "ok": await self._run(request)}
+        except NbdMirrorError as error:
+            body = described(type(error).__name__, str(error), error.exit_code)
+            reply = {"id": request_id, "error": body}
+        except ConnectionError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the asker waits, whatever it was
+            self._conductor.events.emit("background-error", reason=f"{error!r}")
+            reason = f"an error inside the controller: {type(error).__name__}: {error}"
+            body = described("NbdMirrorError", reason, NbdMirrorError.exit_code)
+            reply = {"id": request_id, "error": body}
+        writer.write(json.dumps(reply).encode() + b"\n")
+        await writer.drain()
+
+    async def _run(self, request: dict[str, Any]) -> dict[str, Any]:
+        command, args = request["command"], request.get("args") or {}
+        if command == "status":
+            return status_of(self._conductor)
+        if command == "reload":
+            return plan_of(self._conductor, dry_run=bool(args.get("dry_run", True)))
+        handler = self._commands.get(command)
+        if handler is None:
+            known = ", ".join(["status", "events", "reload", *self._commands])
+            raise RefusedError(f"unknown command {command!r}; known: {known}")
+        done = await handler(args)
+        self._conductor.events.emit("order", command=command, reason=done)
+        self._conductor.wake()
+        return {**status_of(self._conductor), "done": done}
+
+    async def _events(self, request: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        args = request.get("args") or {}
+        number = args.get("since", 0)
+        if not isinstance(number, int):
+            raise RefusedError("events: since has to be the number of an event")
+        follow = bool(args.get("follow", True))
+        while not writer.is_closing():
+            for event in self._conductor.events.since(number):
+                number = event["number"]
+                writer.write(json.dumps({"id": request.get("id"), "event": event}).encode() + b"\n")
+            await writer.drain()
+            if not follow:
+                writer.write(json.dumps({"id": request.get("id"), "ok": {}}).encode() + b"\n")
+                await writer.drain()
+                return
+            await asyncio.sleep(EVENT_POLL_S)
+
+    # --- commands -----------------------------------------------------------------------------
+
+    async def _start(self, _args: Arguments) -> str:
+        c = self._conductor
+        c.supervisor.forgive()
+        problem = c.orders.start()
+        return said("start: this node shall run", problem)
+
+    async def _stop(self, args: Arguments) -> str:
+        c = self._conductor
+        if args.get("shutdown"):
+            c.orders.clear()
+            c.orders.shutdown = "the service is being stopped; it starts again with it"
+            return "stop: until the service starts again"
+        return said("stop: this node stops", c.orders.stop("stopped by an operator"))
+
+    async def _prim(self, args: Arguments) -> str:
+        c, force = self._conductor, bool(args.get("force", False))
+        v = c.look_at_everything()
+        if v.engine is not None and v.engine.primary:
+            raise RefusedError("prim: this node is primary already")
+        if policy.peer_serves(v) and not force:
+            raise RefusedError(
+                f"prim: {v.settings.peer_name} serves; `nbdmirror swap` exchanges the roles"
+            )
+        refusal = v.engine.promote_refusal if v.engine is not None else ""
+        if refusal and not force:
+            raise RefusedError(f"prim: {refusal}")
+        c.orders.start()
+        c.orders.give(OrderKind.PRIM, OPERATOR, force=force)
+        return "prim: this node becomes primary"
+
+    async def _second(self, args: Arguments) -> str:
+        c = self._conductor
+        v = c.look_at_everything()
+        primary = v.engine is not None and v.engine.primary
+        if args.get("force"):
+            if primary:
+                raise RefusedError("second --force: this node serves; `nbdmirror stop`, or `swap`")
+            await c.discard()
+            c.orders.start()
+            return "second: this copy is blank now and is filled from the other node"
+        c.orders.start()
+        if primary:
+            self._require_swap("second")
+            c.orders.swap(v.settings.peer_id, OPERATOR)
+            return f"second: {v.settings.peer_name} takes over"
+        return "second: this node runs, and serves only if it has to"
+
+    async def _swap(self, _args: Arguments) -> str:
+        c = self._conductor
+        v = c.look_at_everything()
+        if v.engine is not None and v.engine.primary:
+            self._require_swap("swap")
+            c.orders.swap(v.settings.peer_id, OPERATOR)
+            return f"swap: {v.settings.peer_name} takes over"
+        synced = v.engine is not None and v.engine.synced and v.engine.peer_primary
+        if not synced or not policy.promotable(v):
+            raise RefusedError(f"swap: this node cannot serve now: {why_not(v)}")
+        c.orders.swap(v.settings.node_id, OPERATOR)
+        return f"swap: {v.settings.peer_name} is asked to hand over"
+
+    def _require_swap(self, what: str) -> None:
+        v = self._conductor.look_at_everything()
+        if not self._conductor.orders.can_swap(v):
+            raise RefusedError(
+                f"{what}: {v.settings.peer_name} cannot take over: it is "
+                f"{v.peer.role or 'not heard'} {v.peer.readiness}; wait until it is SECOND ready"
+            )
+
+    async def _restart(self, _args: Arguments) -> str:
+        c = self._conductor
+        v = c.look_at_everything()
+        if v.engine is None or not v.engine.primary:
+            raise RefusedError("restart: the application does not run here; see `nbdmirror status`")
+        c.orders.give(OrderKind.RESTART, OPERATOR)
+        return "restart: the application is stopped and started"
+
+    async def _resync(self, _args: Arguments) -> str:
+        await self._conductor.engine_command("resync")
+        return "resync: everything is compared with the other node"
+
+    async def _switch(self, args: Arguments) -> str:
+        name, on = args.get("name"), args.get("on")
+        if name not in SWITCHES or not isinstance(on, bool):
+            raise RefusedError(f"switch: name is one of {', '.join(SWITCHES)}, on is true or false")
+        problem = stored(self._conductor.switches, **{name: on})
+        self._conductor.events.emit("switch", name=name, on=on)
+        return said(f"{name} {'on' if on else 'off'}", problem)
+
+    async def _mount(self, _args: Arguments) -> str:
+        c = self._conductor
+        self._require_maintenance("mount")
+        await c.service.mount()
+        return "mount: the file system is mounted; the application is not started"
+
+    async def _unmount(self, _args: Arguments) -> str:
+        self._require_maintenance("unmount")
+        problems = await self._conductor.service.unmount()
+        if problems:
+            raise RefusedError(f"unmount: {'; '.join(problems)}")
+        return "unmount: the file system is unmounted and the device given up"
+
+    def _require_maintenance(self, what: str) -> None:
+        v = self._conductor.look_at_everything()
+        if v.engine is None or not v.engine.primary:
+            raise RefusedError(f"{what}: this node is not primary")
+        if v.service not in (Service.DOWN, Service.FAILED):
+            raise RefusedError(
+                f"{what}: the application is {v.service.value}; its device is the controller's"
+            )
+
+
+def said(done: str, problem: str) -> str:
+    """What was done, with what could not be stored."""
+    return f"{done} ({problem})" if problem else done
+
+
+def why_not(v: Any) -> str:
+    """Why this node cannot serve."""
+    if v.engine is None:
+        return "its engine is not running"
+    if v.held_back or v.engine.promote_refusal:
+        return str(v.held_back or v.engine.promote_refusal)
+    return "it is not in sync with a primary; see `nbdmirror status`"
+
+
+def remove(path: Path) -> None:
+    """The socket of a controller that ends."""
+    with contextlib.suppress(OSError, RefusedError):
+        remove_socket(path)

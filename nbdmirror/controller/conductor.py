@@ -1,0 +1,509 @@
+"""Observe, decide, act: the loop of one controller.
+
+Owns what is remembered between two looks (the order that is being carried out, what was asked
+already, the words for a dead engine), the steps that a decision can name, and nothing else: the
+policy decides, the parts act. One step at a time; heartbeats, checkers, probe and the application's
+own work go on beside it. Must never act on a state that it did not just see.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Any, Final
+
+from nbdmirror.config import Config
+from nbdmirror.controller import arbiter
+from nbdmirror.controller.checkers import Checkers
+from nbdmirror.controller.dead_engine import dead_engine
+from nbdmirror.controller.dialogs import Dialogs
+from nbdmirror.controller.engine_link import EngineLink
+from nbdmirror.controller.heart import Heart, boottime_ms
+from nbdmirror.controller.orders import Orders
+from nbdmirror.controller.service import Service
+from nbdmirror.controller.supervisor import KILL_S, Supervisor
+from nbdmirror.controller.switches import Switches, stored
+from nbdmirror.core.cluster import body as bodies
+from nbdmirror.core.cluster import policy, standing, view
+from nbdmirror.core.cluster.body import Body
+from nbdmirror.core.cluster.checking import CheckerFacts
+from nbdmirror.core.cluster.policy import Decision, Step
+from nbdmirror.core.cluster.view import Service as ServiceState
+from nbdmirror.core.cluster.view import Verdict, View
+from nbdmirror.errors import NbdMirrorError, PeerProtocolError, RefusedError, UnreachableError
+from nbdmirror.events import EventLog
+
+LOOK_S: Final = 0.2
+AGAIN_S: Final = 1.0
+FRESH_MS: Final = 1_000
+VERDICT_S: Final = 1.0
+POLLS_LOST_MAX: Final = 2
+
+
+class Conductor:
+    """One mirror on one node."""
+
+    def __init__(self, config: Config, events: EventLog, mirror_id: bytes, config_id: str) -> None:
+        self.config = config
+        self.events = events
+        self._config_id = config_id
+        self.switches = Switches(config.switches_file)
+        self.orders = Orders(config, self.switches, self.tell)
+        self.service = Service(config, self.tell, self.wake)
+        self.checkers = Checkers(config.checkers, self._checker_changed)
+        self.supervisor = Supervisor(config, self._engine_ended, self.tell)
+        self.link = EngineLink(config.control_socket, self._engine_event)
+        self.heart = Heart(
+            config.key,
+            mirror_id,
+            config.me,
+            config.peer,
+            heartbeat_ms=config.controller.heartbeat_ms,
+            silence_ms=config.controller.silence_ms,
+            on_body=self._heard,
+        )
+        self.dialogs = Dialogs(self._say_now, self._command, self._on_please, self.tell)
+        self.peer_body: Body | None = None
+        self.decision = Decision("start", Step.NOTHING, "the controller is starting")
+        self.decided_ms = boottime_ms()
+        self.engine_state: dict[str, Any] | None = None
+        self.engine_reason = ""
+        self.trouble = ""
+        self.view = View(self._settings())
+        self._looked_ms = 0.0
+        self._polls_lost = 0
+        self._died_serving = False
+        self._spoken = True
+        self._asked_peer = False
+        self._verdict = Verdict.UNASKED
+        self.verdict_reason = ""
+        self._verdict_s = 0.0
+        self._cleaned = False
+        self._said = Body()
+        self._hands = asyncio.Lock()
+        self._woken = asyncio.Event()
+        self._closing: asyncio.Task[None] | None = None
+        self._ending = False
+
+    # --- small things ----------------------------------------------------------------------------
+
+    def tell(self, sentence: str) -> None:
+        """For the operator: events, and standard error."""
+        self.events.emit("note", reason=sentence)
+
+    def wake(self) -> None:
+        """Look again now."""
+        self._woken.set()
+
+    def _settings(self) -> view.Settings:
+        me, peer = self.config.me, self.config.peer
+        ids = {me.name: me.id, peer.name: peer.id}
+        return view.Settings(
+            node_id=me.id,
+            peer_id=peer.id,
+            peer_name=peer.name,
+            preferred_id=ids.get(self.config.preferred, 0),
+            preferred_last=self.config.preferred == "last",
+            takeover=self.config.takeover == "automatic",
+            failover=self.switches.now.failover,
+        )
+
+    def serving(self) -> bool:
+        """What the health probe asks: from what was seen within the last second, or not at all."""
+        return boottime_ms() - self._looked_ms <= FRESH_MS and standing.serves(self.view)
+
+    # --- observe ---------------------------------------------------------------------------------
+
+    def _engine_ended(self, how: str) -> None:
+        last = self.view.engine
+        served = last is not None and last.primary and last.synced
+        self._died_serving = served and self.view.wanted
+        self._spoken = not self._died_serving
+        self.link.close()
+        self.engine_state = None
+        self.engine_reason = how
+        self.events.emit("engine-ended", reason=how)
+        self.wake()
+
+    def _engine_event(self, event: dict[str, Any]) -> None:
+        facts = {k: v for k, v in event.items() if k not in ("number", "at_ms", "event")}
+        self.events.emit("engine", what=event.get("event", "?"), **facts)
+        self.wake()
+
+    def _checker_changed(self, facts: CheckerFacts) -> None:
+        self.events.emit("checker", name=facts.name, state=facts.state, reason=facts.reason)
+        self.wake()
+
+    def _heard(self, data: bytes) -> None:
+        try:
+            body = bodies.decode(data)
+        except PeerProtocolError as error:
+            self.events.emit("no-peer", reason=str(error))
+            return
+        before, self.peer_body = self.peer_body, body
+        self.dialogs.take(body)
+        if before is None or (before.role, before.readiness) != (body.role, body.readiness):
+            self.events.emit("peer", role=body.role, readiness=body.readiness, reason=body.reason)
+        self.wake()
+
+    async def _look(self) -> None:
+        """See the engine as it is now; one that hangs is killed."""
+        if not self.supervisor.alive:
+            self.engine_state = None
+            self._looked_ms = boottime_ms()
+            return
+        try:
+            if self.engine_state is None:
+                await self.link.attach()
+            state, relayed = await self.link.poll(self.heart.extra_packet())
+        except UnreachableError as error:
+            self._polls_lost += 1
+            self.trouble = str(error)
+            if self._polls_lost >= POLLS_LOST_MAX and self.supervisor.alive:
+                self.events.emit("engine-ended", reason=f"{error}; it is killed")
+                self.supervisor.kill()
+                await self.supervisor.gone(KILL_S)
+            return
+        except NbdMirrorError as error:
+            self.trouble = str(error)
+            self.engine_state = None  # another controller had it: attach anew
+            return
+        self._polls_lost = 0
+        self.engine_state = state
+        self._looked_ms = boottime_ms()
+        if relayed:
+            self.heart.take_extra(relayed)
+
+    def peer_heard(self) -> bool:
+        """Whether a fresh heartbeat came within the silence."""
+        silent = self.heart.silent_ms() > self.config.controller.silence_ms
+        return self.heart.ever_heard() and not silent
+
+    def look_at_everything(self) -> View:
+        """The view of this moment."""
+        engine = view.engine_of(self.engine_state) if self.engine_state is not None else None
+        before = self._before_down()
+        running = self.service.state is not ServiceState.DOWN
+        held = self.orders.held_back() or ("" if running else before)
+        return View(
+            settings=self._settings(),
+            wanted=self.switches.now.wanted and not self.orders.shutdown,
+            stop_reason=self.orders.stop_reason(),
+            engine=engine,
+            engine_given_up=self.supervisor.given_up() if engine is None else "",
+            died_serving=self._died_serving,
+            spoken=self._spoken,
+            peer=bodies.peer_of(self.peer_body, heard=self.peer_heard()),
+            service=self.service.state,
+            service_reason=self.service.reason,
+            leftovers=not self._cleaned or bool(self.service.leftovers),
+            before_down=before,
+            verdict=self._verdict,
+            verdict_reason=self.verdict_reason,
+            asked_peer=self._asked_peer,
+            held_back=held,
+            order=self.orders.order,
+            order_from=self.orders.reason,
+            swap_to=self.orders.swap_to,
+        )
+
+    def _before_down(self) -> str:
+        if not self.switches.now.checkers:
+            return ""
+        for facts in self.checkers.facts():
+            if facts.when == "before" and facts.action != "tell" and facts.state != "up":
+                why = facts.reason or "not checked yet"
+                return f"checker {facts.name}: {why}"
+        return ""
+
+    # --- the loop --------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Take what is this mirror's: lock, engine, application of an earlier controller.
+
+        Raises:
+            NbdMirrorError: another controller has it, or an address cannot be had.
+        """
+        self.supervisor.open()
+        if self.switches.note:
+            self.tell(self.switches.note)
+        await self.heart.start()
+        with contextlib.suppress(UnreachableError):
+            state = await self.link.attach()
+            self.supervisor.adopt(int(state["pid"]))
+            self.engine_state = state
+            self.tell(f"adopted the engine, process {state['pid']}")
+            if state.get("role") == "primary":
+                self._cleaned = await self.service.adopt(term_of(state))
+                if not self._cleaned and not self.service.had_mark():
+                    self._cleaned = not self.service.leftovers
+
+    async def run(self) -> None:
+        """Until `end`."""
+        while not self._ending:
+            await self._look()
+            self.view = self.look_at_everything()
+            self._settle()
+            self.view = self.look_at_everything()
+            self._note(policy.decide(self.view))
+            self.say()
+            self._watch_checkers()
+            if self.decision.step is not Step.NOTHING and await self._act():
+                continue
+            self._woken.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._woken.wait(), LOOK_S)
+
+    def _settle(self) -> None:
+        """What was asked or ordered and is over by now."""
+        v = self.view
+        engine = v.engine
+        if engine is not None and (engine.phase or not (engine.frozen or policy.silent(v))):
+            self._asked_peer = False
+            self._verdict = Verdict.UNASKED
+        if self._verdict is Verdict.NO and boottime_ms() / 1000 - self._verdict_s > VERDICT_S:
+            self._verdict = Verdict.UNASKED
+        if engine is not None:
+            self._died_serving = False
+        self.orders.settle(v)
+        self.orders.from_checkers(v, self.checkers)
+
+    def _watch_checkers(self) -> None:
+        v = self.view
+        engine = v.engine
+        self.checkers.pause(not self.switches.now.checkers)
+        up = v.service is ServiceState.UP
+        second = engine is not None and not engine.primary and bool(engine.phase)
+        self.checkers.active(
+            before=v.wanted and v.service is ServiceState.DOWN,
+            primary=up or self.orders.waits_for_checker(),
+            secondary=second,
+        )
+
+    def _note(self, decision: Decision) -> None:
+        if (decision.row, decision.reason) != (self.decision.row, self.decision.reason):
+            self.events.emit("decision", step=decision.step.value, reason=decision.reason)
+        if decision.row != self.decision.row:
+            self.decided_ms = boottime_ms()
+        self.decision = decision
+
+    # --- heartbeats ------------------------------------------------------------------------------
+
+    def say(self) -> None:
+        """Put the present into the heartbeats; what is new goes out at once."""
+        v, parts = self.view, self.dialogs.parts
+        engine = v.engine
+        connected = engine is not None and engine.synced and not engine.primary
+        body = Body(
+            role=standing.role_of(v).value,
+            readiness=standing.readiness_of(v).value,
+            reason=bodies.short(self.decision.reason),
+            wanted=v.wanted,
+            engine=engine is not None,
+            primary=engine is not None and engine.primary,
+            promotable=policy.promotable(v),
+            was_primary=engine is not None and engine.was_primary,
+            held_back=bool(v.held_back),
+            candidate=policy.candidate(v) if connected else 0,
+            swap_to=v.swap_to,
+            deposed=self.switches.now.deposed,
+            service=v.service.value,
+            data_state=engine.data_state if engine is not None else "",
+            config=self._config_id,
+            ask=parts.ask,
+            answer=parts.answer,
+            word=parts.word,
+            please=parts.please,
+            refused=parts.refused,
+            done=parts.done,
+        )
+        if body != self._said:
+            self._said = body
+            self.heart.say(bodies.encode(body), now=True)
+
+    def _say_now(self) -> None:
+        self.view = self.look_at_everything()
+        self.say()
+
+    # --- act -------------------------------------------------------------------------------------
+
+    async def _act(self) -> bool:
+        """Carry out the step; True to look again at once."""
+        steps: dict[Step, Callable[[], Any]] = {
+            Step.CLEAN: self._clean,
+            Step.SPEAK: self._speak,
+            Step.START_ENGINE: self._start_engine,
+            Step.STOP_ENGINE: self._stop_engine,
+            Step.ENTER: self._enter,
+            Step.LEAVE: self._leave,
+            Step.PROMOTE: self._promote,
+            Step.DEMOTE: self._demote,
+            Step.ALONE: self._alone,
+            Step.ASK_PEER: self._ask_peer,
+            Step.ASK_ARBITER: self._ask_arbiter,
+        }
+        try:
+            await steps[self.decision.step]()
+        except NbdMirrorError as error:
+            self.trouble = str(error)
+            self.events.emit("refused", step=self.decision.step.value, reason=str(error))
+            self.orders.failed(str(error))
+            with contextlib.suppress(TimeoutError):
+                self._woken.clear()
+                await asyncio.wait_for(self._woken.wait(), AGAIN_S)
+            return True
+        self.trouble = ""
+        return True
+
+    async def _command(self, name: str, **args: object) -> dict[str, Any]:
+        if self.engine_state is None:
+            raise UnreachableError("the engine of this node is not running")
+        return await self.link.command(name, self.engine_state, **args)
+
+    async def _clean(self) -> None:
+        await self.service.clean()
+        self._cleaned = True
+
+    async def _start_engine(self) -> None:
+        async with self._hands:
+            await self.supervisor.start()
+
+    async def _stop_engine(self) -> None:
+        try:
+            await self._command("stop")
+        except NbdMirrorError as error:
+            self.tell(f"the engine did not leave in order: {error}")
+            self.supervisor.kill()
+        if not await self.supervisor.gone(KILL_S):
+            self.supervisor.kill()
+            await self.supervisor.gone(KILL_S)
+        self._died_serving = False
+        self.supervisor.note_success()
+
+    async def _enter(self) -> None:
+        assert self.engine_state is not None
+        self.service.enter(term_of(self.engine_state), force=not self.peer_heard())
+
+    async def _leave(self) -> None:
+        engine = self.view.engine
+        self.service.leave(served=engine is not None and engine.primary and not engine.frozen)
+
+    async def _promote(self) -> None:
+        await self._command("promote", force=self.orders.force)
+        self.orders.promoted()
+        stored(self.switches, deposed=False)
+
+    async def _demote(self) -> None:
+        await self._command("demote")
+        if self.orders.order is None:
+            stored(self.switches, deposed=True)
+
+    async def _alone(self) -> None:
+        await self._command("alone")
+
+    async def _ask_arbiter(self) -> None:
+        self._verdict, self.verdict_reason = await arbiter.ask(self.config)
+        self._verdict_s = boottime_ms() / 1000
+        self.tell(f"arbiter {self.config.arbiter.name.lower()}: {self._verdict.value}: "
+                  f"{self.verdict_reason}")  # fmt: skip
+
+    # --- the words of leaving --------------------------------------------------------------------
+
+    async def _ask_peer(self) -> None:
+        self._asked_peer = True
+        before = self.dialogs.parts.done
+        await self.dialogs.please(lambda: self.dialogs.parts.done != before)
+
+    async def _speak(self) -> None:
+        """For the dead engine of this node: the addresses go first, then the words."""
+        self._spoken = True
+        await self.service.drop_addresses()
+        problem = await self._leave_for_the_dead()
+        if problem:
+            self.tell(f"nothing was said for the dead engine: {problem}")
+        stored(self.switches, deposed=not problem)
+
+    async def _leave_for_the_dead(self) -> str:
+        async with self._hands:
+            if self.supervisor.alive:
+                return "it runs again"
+            with dead_engine(self.config) as dead:
+                dead.require_leaving()
+
+                async def mark(_session: str) -> None:
+                    await asyncio.to_thread(dead.mark_outdated)
+
+                return await self.dialogs.leave(dead.generation, mark)
+
+    async def _on_please(self) -> bool:
+        """The peer serves, or wants to, and asks this node to leave."""
+        try:
+            if not self.supervisor.alive:
+                problem = await self._leave_for_the_dead()
+            else:
+                state = self.engine_state or {}
+                generation = str(state.get("generation", ""))
+
+                async def mark(session: str) -> None:
+                    await self._command("leave", generation=generation, session=session)
+
+                problem = await self.dialogs.leave(generation, mark)
+        except NbdMirrorError as error:
+            problem = str(error)
+        self.tell(f"the peer asked this node to leave: {problem or 'it did'}")
+        return not problem
+
+    # --- for the api ----------------------------------------------------------------------------
+
+    async def engine_command(self, name: str) -> None:
+        """A command of the operator's that changes no role.
+
+        Raises:
+            NbdMirrorError: the engine refuses, or there is none.
+        """
+        await self._command(name)
+
+    async def discard(self) -> None:
+        """Give up this copy; nothing of it is kept.
+
+        Raises:
+            RefusedError: there is no engine, or it refuses.
+        """
+        if self.engine_state is None:
+            raise RefusedError("second --force: the engine is not running; `nbdmirror start` first")
+        await self._command("discard")
+
+    def config_differs(self) -> bool:
+        """Whether the peer reads another configuration."""
+        body = self.peer_body
+        return body is not None and bool(body.config) and body.config != self._config_id
+
+    def reconfigure(self, config: Config, identity: str) -> None:
+        """Use another configuration from now on, as far as it can take effect online."""
+        old, self.config, self._config_id = self.config, config, identity
+        self.orders.reconfigure(config)
+        self.service.application.reconfigure(config.application)
+        if old.checkers != config.checkers:
+            stale, self.checkers = self.checkers, Checkers(config.checkers, self._checker_changed)
+            self._closing = asyncio.create_task(stale.close())
+        self.wake()
+
+    # --- end -------------------------------------------------------------------------------------
+
+    def end(self) -> None:
+        """Let `run` return; engine and application go on."""
+        self._ending = True
+        self.wake()
+
+    async def close(self) -> None:
+        """Let go of everything."""
+        self.dialogs.close()
+        await self.checkers.close()
+        await self.service.close()
+        await self.heart.close()
+        self.link.close()
+        self.supervisor.close()
+
+
+def term_of(state: dict[str, Any]) -> str:
+    """What names one term of one engine as primary (rule 22)."""
+    return f"{state.get('instance')}/{state.get('epoch')}"

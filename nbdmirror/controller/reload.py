@@ -1,0 +1,142 @@
+"""A changed configuration, while the controller runs: what would change, and what can at once.
+
+Owns the comparison and the list of keys that take effect online. Must never apply half of what can
+be applied, or anything of a file with a mistake in it.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+from blake3 import blake3
+from pydantic import BaseModel
+
+from nbdmirror.config import Config, load
+from nbdmirror.errors import RefusedError
+
+if TYPE_CHECKING:
+    from nbdmirror.controller.conductor import Conductor
+
+# The first part of the keys that take effect at once.
+ONLINE: Final = frozenset({"takeover", "preferred", "ping", "application", "checkers"})
+ONLINE_KEYS: Final = frozenset({"controller.actions_max", "controller.actions_window_h"})
+FIXED: Final = frozenset({"mirror", "key_file", "arbiter", "me", "peer", "device"})
+CONFIG_ID_CHARS: Final = 16
+
+
+def facts_of(config: Config) -> dict[str, str]:
+    """The configuration as flat text, each key with its value; without the key itself."""
+    parts: dict[str, Any] = {
+        "mirror": config.mirror,
+        "key_file": str(config.key_file),
+        "arbiter": config.arbiter.name.lower(),
+        "takeover": config.takeover,
+        "preferred": config.preferred,
+        "device": config.device,
+        "engine": config.engine,
+        "ping": config.ping,
+        "controller": config.controller,
+        "probe.address": str(config.probe) if config.probe else None,
+        "mount": config.mount,
+        "application": config.application,
+        "virtual_addresses": list(config.virtual_addresses),
+        "checkers": list(config.checkers),
+        "export.unix": str(config.export_unix),
+        "export.tcp": str(config.export_tcp) if config.export_tcp else None,
+    }
+    for node in sorted((config.me, config.peer), key=lambda each: each.id):
+        parts[f"node.{node.name}"] = {
+            "id": node.id,
+            "address": str(node.address),
+            "heartbeats": [str(each) for each in node.heartbeats],
+            "data_dir": str(node.data_dir),
+            "run_dir": str(node.run_dir),
+        }
+    return dict(flat("", parts))
+
+
+def flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Rows of (dotted key, JSON)."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json", exclude_none=True)
+    if isinstance(value, dict):
+        for key, each in value.items():
+            yield from flat(f"{prefix}.{key}" if prefix else key, each)
+        return
+    if isinstance(value, list):
+        value = [
+            each.model_dump(mode="json", exclude_defaults=True)
+            if isinstance(each, BaseModel)
+            else each
+            for each in value
+        ]
+    yield prefix, json.dumps(value, sort_keys=True, default=str)
+
+
+def config_id(config: Config) -> str:
+    """What both nodes have in common when their files say the same. Paths of one node count, too:
+    the file is one.
+    """
+    facts = {k: v for k, v in facts_of(config).items() if not k.startswith("export.unix")}
+    text = json.dumps(facts, sort_keys=True)
+    return blake3(text.encode()).hexdigest()[:CONFIG_ID_CHARS]
+
+
+def plan_of(conductor: "Conductor", *, dry_run: bool) -> dict[str, Any]:
+    """What the file says now against what is in force; applied unless `dry_run`.
+
+    Raises:
+        ConfigError: the file has mistakes. RefusedError: it has become another mirror's.
+    """
+    old = conductor.config
+    new = load(old.source, old.me.name)
+    before, after = facts_of(old), facts_of(new)
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    plan = [
+        {"key": key, "old": before.get(key, ""), "new": after.get(key, ""), "how": how(key)}
+        for key in keys
+    ]
+    impossible = [row["key"] for row in plan if row["how"].startswith("not possible")]
+    if not dry_run and impossible:
+        raise RefusedError(
+            f"{', '.join(impossible)}: cannot be changed in a mirror that exists; nothing was "
+            "applied; undo that in the file"
+        )
+    if dry_run:
+        return {"plan": plan, "done": "nothing was changed"}
+    conductor.reconfigure(merged(old, new), config_id(new))
+    later = sum(row["how"] != "online" for row in plan)
+    done = f"{len(plan) - later} changes are in force"
+    return {"plan": plan, "done": f"{done}, {later} wait for a restart" if later else done}
+
+
+def how(key: str) -> str:
+    """When a changed key takes effect."""
+    first = key.partition(".")[0]
+    if first in ONLINE or key in ONLINE_KEYS:
+        return "online"
+    if first in FIXED or key.endswith(".id"):
+        return "not possible: fixed when the mirror was created"
+    if first in {"engine", "export"}:
+        return "restart the node: `nbdmirror stop`, then the controller, then `nbdmirror start`"
+    return "restart the controller"
+
+
+def merged(old: Config, new: Config) -> Config:
+    """What can take effect now, with the rest as it was."""
+    limits = old.controller.model_copy(
+        update={
+            "actions_max": new.controller.actions_max,
+            "actions_window_h": new.controller.actions_window_h,
+        }
+    )
+    return replace(
+        old,
+        takeover=new.takeover,
+        preferred=new.preferred,
+        ping=new.ping,
+        application=new.application,
+        checkers=new.checkers,
+        controller=limits,
+    )

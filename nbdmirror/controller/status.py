@@ -1,0 +1,177 @@
+"""What `status` answers: everything that a controller knows about its mirror, as plain facts.
+
+Owns the names of these facts; they stay. Reads; changes nothing. Must never hold a secret, or fail
+because a part of it is not known.
+"""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from nbdmirror import __version__
+from nbdmirror.controller.heart import boottime_ms
+from nbdmirror.core.cluster import policy, standing
+from nbdmirror.core.cluster.promise import promises
+from nbdmirror.core.cluster.view import Role, View
+
+if TYPE_CHECKING:
+    from nbdmirror.controller.conductor import Conductor
+
+STARTED_MS = boottime_ms()
+
+
+def status_of(c: "Conductor") -> dict[str, Any]:
+    """The whole answer; docs/cli.md names the facts."""
+    v = c.look_at_everything()
+    role, readiness = standing.role_of(v), standing.readiness_of(v)
+    now_ms = boottime_ms()
+    return {
+        "mirror": c.config.mirror,
+        "node": c.config.me.name,
+        "node_id": c.config.me.id,
+        "peer_name": c.config.peer.name,
+        "role": role.value,
+        "readiness": readiness.value,
+        "exit_code": standing.EXIT_CODES[role],
+        "reason": c.decision.reason,
+        "row": c.decision.row,
+        "step": c.decision.step.value,
+        "remedy": remedy(v, c.orders.error),
+        "wanted": v.wanted,
+        "serving": c.serving(),
+        "since_s": round((now_ms - c.decided_ms) / 1000, 1),
+        "explain": explain(c, v),
+        "engine": c.engine_state,
+        "engine_reason": v.engine_given_up or (c.engine_reason if v.engine is None else ""),
+        "peer": peer_facts(c, v),
+        "links": links(c),
+        "service": c.service.facts(),
+        "addresses": [
+            {"address": a.address, "interface": a.interface, "held": a.held, "reason": a.reason}
+            for a in c.service.addresses.facts()
+        ],
+        "checkers": checkers(c),
+        "switches": {
+            "checkers": c.switches.now.checkers,
+            "failover": c.switches.now.failover,
+            "boot": c.switches.now.boot,
+        },
+        "actions": actions(c),
+        "arbiter": {
+            "kind": c.config.arbiter.name.lower(),
+            "verdict": v.verdict.value,
+            "reason": c.verdict_reason,
+        },
+        "takeover": c.config.takeover,
+        "preferred": c.config.preferred,
+        "promise": promises(c.engine_state or {}, c.config.arbiter.name.lower()),
+        "order": None if v.order is None else v.order.value,
+        "controller": {
+            "pid": os.getpid(),
+            "uptime_s": round((now_ms - STARTED_MS) / 1000, 1),
+            "version": __version__,
+        },
+    }
+
+
+def peer_facts(c: "Conductor", v: View) -> dict[str, Any]:
+    """The other node, as its newest heartbeat has it."""
+    body = c.peer_body
+    return {
+        "heard": v.peer.heard,
+        "role": v.peer.role,
+        "readiness": v.peer.readiness,
+        "reason": body.reason if body is not None else "",
+        "data_state": body.data_state if body is not None else "",
+        "silent_ms": c.heart.silent_ms() if c.heart.ever_heard() else None,
+        "config_differs": c.config_differs(),
+    }
+
+
+def links(c: "Conductor") -> list[dict[str, Any]]:
+    """Every way that heartbeats take."""
+    return [
+        {
+            "name": link.name,
+            "local": link.local,
+            "remote": link.remote,
+            "up": link.up,
+            "silent_ms": link.silent_ms,
+            "rtt_ms": link.rtt_ms,
+            "reason": link.reason,
+        }
+        for link in c.heart.links()
+    ]
+
+
+def checkers(c: "Conductor") -> list[dict[str, Any]]:
+    """What is watched."""
+    now_ms = boottime_ms()
+    return [
+        {
+            "name": each.name,
+            "kind": each.kind,
+            "state": each.state,
+            "reason": each.reason,
+            "action": each.action,
+            "when": each.when,
+            "since_s": round(max(0.0, now_ms - each.since_ms) / 1000, 1),
+        }
+        for each in c.checkers.facts()
+    ]
+
+
+def actions(c: "Conductor") -> dict[str, Any]:
+    """What was done by itself within the window."""
+    limits = c.config.controller
+    done = c.switches.actions_within(limits.actions_window_h)
+    return {
+        "count": len(done),
+        "max": limits.actions_max,
+        "window_h": limits.actions_window_h,
+        "last": done[-1] if done else "",
+    }
+
+
+def explain(c: "Conductor", v: View) -> list[str]:
+    """Why this role, why not ready, what stands in the way: one sentence each."""
+    engine = v.engine
+    held = engine is not None and not engine.primary
+    under_way = f"{v.order.value!r}: {v.order_from}" if v.order is not None else ""
+    pairs = (
+        (f"Row {c.decision.row!r} of the policy decided", c.decision.reason),
+        ("The last order was refused", c.orders.error),
+        ("The last step was not done", c.trouble),
+        ("Under way is the order", under_way),
+        ("There is no engine", (c.engine_reason or "none was started") if engine is None else ""),
+        ("It may not become primary", engine.promote_refusal if engine and held else ""),
+        ("The two engines refused each other", engine.refusal if engine else ""),
+        ("This node's disk failed", engine.failed if engine else ""),
+        ("It is held back", v.held_back),
+        ("The application", c.service.reason),
+        ("The other node", "" if v.peer.heard else "it is not heard on any network"),
+        ("The configurations", "they differ: make them equal" if c.config_differs() else ""),
+    )
+    return [f"{what}: {why}" for what, why in pairs if why]
+
+
+def remedy(v: View, error: str) -> str:
+    """What an operator could type, "" where nothing has to be done."""
+    role = standing.role_of(v)
+    engine = v.engine
+    if role is Role.STOP:
+        return "`nbdmirror start`"
+    if engine is None and v.engine_given_up:
+        return "look at the log of the engine, then `nbdmirror start`"
+    if engine is not None and engine.split and not engine.primary:
+        return (
+            "save what only this copy has, then `nbdmirror second --force` here: this copy is "
+            "given up; or stop the other node, and `nbdmirror prim --force` here"
+        )
+    if role is Role.WAIT and engine is not None and not v.peer.heard and not v.held_back:
+        forced = " --force" if engine.promote_refusal else ""
+        if policy.silence_reason(v):
+            return (
+                "start the other node; if it is gone for good, `nbdmirror prim"
+                f"{forced}` makes this one serve, and says what may be lost"
+            )
+    return "see the reason above" if error else ""

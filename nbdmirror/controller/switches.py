@@ -1,0 +1,146 @@
+"""What a controller remembers over its own end: the operator's switches, and its counts.
+
+Owns one small file beside the metadata, replaced as a whole and durably. Roles and data are not in
+it: of those the engine's metadata is the only memory. Must never: read a wall clock (an action of
+an earlier boot counts as if it had happened at the start of this one), or stop a node because the
+file is damaged: then everything is as at creation, and that is told.
+"""
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+from nbdmirror.errors import StoreError
+from nbdmirror.files import FILE_MODE, store_error, sync_directory, write_all
+
+BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+FILE_BYTES_MAX: Final = 64 * 1024
+ACTIONS_KEPT_MAX: Final = 1000
+REASON_CHARS_MAX: Final = 300
+HOUR_S: Final = 3600
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """The content of the file. `actions`: (boot id, seconds since that boot, what)."""
+
+    wanted: bool = False
+    stop_reason: str = "it was never started"
+    boot: bool = True
+    failover: bool = True
+    checkers: bool = True
+    deposed: bool = False
+    boot_id: str = ""
+    actions: tuple[tuple[str, int, str], ...] = field(default=())
+
+
+class Switches:
+    """The file, and what follows from it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._boot_id = read_boot_id()
+        self.note = ""
+        self.now = self._read()
+        if self.now.boot_id != self._boot_id:
+            # The first start since this boot: the boot switch decides whether the node runs.
+            wanted = self.now.wanted and self.now.boot
+            reason = self.now.stop_reason if not self.now.wanted else "boot is switched off"
+            self.now = replace(
+                self.now, wanted=wanted, stop_reason="" if wanted else reason, boot_id=self._boot_id
+            )
+
+    def _read(self) -> Remembered:
+        try:
+            with self._path.open("rb") as file:
+                facts = json.loads(file.read(FILE_BYTES_MAX))
+            return remembered(facts)
+        except FileNotFoundError:
+            return Remembered()
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            self.note = f"{self._path} cannot be used ({error}); all switches are as at creation"
+            return Remembered()
+
+    def change(self, **fields: Any) -> None:
+        """Change and store. Blocks for a moment.
+
+        Raises:
+            StoreError: it could not be stored; it is in force all the same until this process ends.
+        """
+        wanted = replace(self.now, **fields)
+        if wanted == self.now:
+            return
+        self.now = wanted
+        temporary = self._path.with_suffix(".json.new")
+        data = json.dumps(asdict(wanted), indent=1).encode() + b"\n"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            descriptor = os.open(temporary, flags, FILE_MODE)
+            try:
+                write_all(descriptor, data, 0)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            temporary.replace(self._path)
+            sync_directory(self._path.parent)
+        except OSError as error:
+            raise store_error(error, f"{self._path}") from error
+
+    # --- the bound on automatic actions -----------------------------------------------------------
+
+    def actions_within(self, hours: int) -> list[str]:
+        """What was done by itself within so many hours."""
+        since_s = uptime_s() - hours * HOUR_S
+        return [
+            what
+            for boot_id, at_s, what in self.now.actions
+            if (at_s if boot_id == self._boot_id else 0) >= since_s
+        ]
+
+    def count_action(self, what: str) -> None:
+        """One more. Raises StoreError."""
+        entry = (self._boot_id, uptime_s(), what[:REASON_CHARS_MAX])
+        self.change(actions=(*self.now.actions, entry)[-ACTIONS_KEPT_MAX:])
+
+    def forget_actions(self) -> None:
+        """An operator looked at it. Raises StoreError."""
+        self.change(actions=())
+
+
+def remembered(facts: Any) -> Remembered:
+    """The content of the file. Raises ValueError, TypeError, KeyError."""
+    made = Remembered(
+        **{
+            **facts,
+            "actions": tuple((str(b), int(at), str(what)) for b, at, what in facts["actions"]),
+        }
+    )
+    for name in ("wanted", "boot", "failover", "checkers", "deposed"):
+        if not isinstance(getattr(made, name), bool):
+            raise ValueError(f"{name} is neither true nor false")  # noqa: TRY004 - one class here
+    return made
+
+
+def read_boot_id() -> str:
+    """Of this boot of the host."""
+    try:
+        return BOOT_ID.read_text().strip()
+    except OSError:
+        return ""
+
+
+def uptime_s() -> int:
+    """Since the boot, suspended time included."""
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME))
+
+
+def stored(switches: Switches, **fields: Any) -> str:
+    """Change the switches; returns why that does not outlive this process, "" if it does."""
+    try:
+        switches.change(**fields)
+    except StoreError as error:
+        return f"it is in force, but could not be stored: {error}"
+    return ""
