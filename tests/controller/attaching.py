@@ -1,0 +1,107 @@
+"""What the tests of the attachment share: a server, an attachment, and a look of their own.
+
+Owns: a plain nbdkit as the export, and what is on the machine of it, found without the code under
+test. Must never: leave a mount, a loop device or a process behind, whatever the test did.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nbdmirror.config_cluster import MountSection
+from nbdmirror.controller.attachment import Attachment
+from tests.controller.doing import BOUND_S, unmount_below
+
+SIZE = "64M"
+
+
+def attachment(directory: Path, told: list[str] | None = None, **keys: Any) -> Attachment:
+    """One whose export is the server of that directory; what it tells is appended to `told`."""
+    section = MountSection(**{"point": str(directory / "mnt"), **keys})
+    tell = (told if told is not None else []).append
+    return Attachment(section, export=directory / "s", run_dir=directory, mirror="demo", tell=tell)
+
+
+class Server:
+    """An nbdkit that exports some memory at DIRECTORY/s."""
+
+    def __init__(self, directory: Path) -> None:
+        ready = directory / "nbdkit.pid"
+        os.mkfifo(ready)
+        words = ["nbdkit", "-f", "-U", str(directory / "s"), "-P", str(ready), "memory", SIZE]
+        self._process = subprocess.Popen(words)
+        ready.read_text()  # written when it listens
+
+    def freeze(self) -> None:
+        """It answers nothing any more."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def kill(self) -> None:
+        """It is gone without a word."""
+        self._process.kill()
+        self._process.wait(BOUND_S)
+
+
+@contextlib.contextmanager
+def server(directory: Path) -> Iterator[Server]:
+    """A server; with the block all that hangs on it goes, too."""
+    made = Server(directory)
+    try:
+        yield made
+    finally:
+        made.kill()
+        remove(directory)
+
+
+def remove(directory: Path) -> None:
+    """All of it, without the code under test; the server is dead."""
+    for pid in helpers(directory):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    for device in loops(directory):
+        subprocess.run(["losetup", "--detach", device], check=False, timeout=BOUND_S)
+    unmount_below(directory)
+
+
+def helpers(directory: Path) -> list[int]:
+    """The processes of nbdfuse and nbd-client that have the directory in their arguments."""
+    found = []
+    for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = cmdline.read_bytes().split(b"\0")
+            program = words[0].rpartition(b"/")[2]
+            if program in {b"nbdfuse", b"nbd-client"} and any(
+                word.startswith(bytes(directory) + b"/") for word in words
+            ):
+                found.append(int(cmdline.parent.name))
+    return found
+
+
+def loops(directory: Path) -> list[str]:
+    """The loop devices over a file of the directory."""
+    return [
+        f"/dev/{backing.parts[3]}"
+        for backing in Path("/sys/block").glob("loop*/loop/backing_file")
+        if backing.read_text().startswith(f"{directory}/")
+    ]
+
+
+def mounted(directory: Path) -> list[str]:
+    """What is mounted below the directory."""
+    points = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    return [point for point in points if point.startswith(f"{directory}/")]
+
+
+def nothing_left(directory: Path) -> bool:
+    """Whether the machine is as before."""
+    return (helpers(directory), loops(directory), mounted(directory)) == ([], [], [])
+
+
+def make_file_system(device: str) -> None:
+    """ext4; all of it is written now."""
+    options = ["-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0"]
+    subprocess.run(["mkfs.ext4", *options, device], check=True, timeout=BOUND_S)

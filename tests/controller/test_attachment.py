@@ -1,0 +1,537 @@
+"""Device and mount over a real NBD server: made, taken over, taken away, whatever became of it."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+
+from nbdmirror.controller import devices
+from nbdmirror.controller.attachment import Attachment
+from nbdmirror.controller.holders import using
+from nbdmirror.controller.traces import FUSE, NONE, Record, read_record, write_record
+from nbdmirror.errors import RefusedError
+from tests.controller.attaching import (
+    Server,
+    attachment,
+    helpers,
+    loops,
+    make_file_system,
+    mounted,
+    nothing_left,
+    remove,
+    server,
+)
+from tests.controller.doing import BOUND_S, alive, running, tmpfs, unmount_below, wait_for_end
+
+pytestmark = [pytest.mark.nbdkit, pytest.mark.usefixtures("require_root")]
+
+# What the operator may be told without there being anything to do.
+PROTECTION = "is not protected from a full memory"
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    """A run directory with a server, and the mount point in it."""
+    with server(tmp_path) as made:
+        SERVERS[tmp_path] = made
+        yield tmp_path
+    assert nothing_left(tmp_path)
+
+
+SERVERS: dict[Path, Server] = {}
+
+
+async def made(place: Path, told: list[str] | None = None) -> Attachment:
+    """Attached, with a file system, mounted."""
+    it = attachment(place, told)
+    make_file_system(await it.attach())
+    await it.mount()
+    return it
+
+
+@contextlib.contextmanager
+def writer(point: Path, *before: str) -> Iterator["subprocess.Popen[str]"]:
+    """A process that writes and syncs without a pause, and does not end at SIGTERM."""
+    once = "dd if=/dev/zero of=data bs=1M count=8 conv=fsync 2>/dev/null"
+    loop = f"trap '' TERM; cd {point} && {once} && echo ready; while :; do {once}; done"
+    with running(*before, "sh", "-c", loop) as process:
+        yield process
+
+
+# --- in order -------------------------------------------------------------------------------------
+
+
+def test_from_attach_to_detach(place: Path) -> None:
+    """Breaks in the field: the application's data is not there after a change of roles, or the
+    device of the earlier term is still there.
+    """
+    told: list[str] = []
+
+    async def main() -> None:
+        it = await made(place, told)
+        device = it.facts()["device"]
+        assert it.facts() == {"kind": FUSE, "device": device, "point": str(place / "mnt"),
+                              "attached": True, "mounted": True}  # fmt: skip
+        assert [device] == loops(place)
+        assert await it.attach() == device
+        await it.mount()
+        assert mounted(place) == [str(place / "fuse"), str(place / "mnt")]
+        (place / "mnt" / "file").write_text("kept")
+        assert await it.unmount(force=False) == []
+        assert await it.unmount(force=True) == []
+        assert await it.detach(force=False) == []
+        assert await it.detach(force=True) == []
+        assert nothing_left(place)
+        assert await it.leftovers() == []
+        assert it.facts()["device"] == ""
+        await it.attach()
+        await it.mount()
+        assert (place / "mnt" / "file").read_text() == "kept"
+        assert await it.unmount(force=True) == []
+        assert await it.detach(force=True) == []
+
+    uvloop.run(main())
+    assert nothing_left(place)
+    assert not (place / "attachment.json").exists()
+    said = [each for each in told if PROTECTION not in each]
+    assert len(said) == 4, said
+
+
+@pytest.mark.parametrize("keys", [{"attach": "none"}, {"point": None}])
+def test_nothing_is_attached_where_nothing_is_wanted(place: Path, keys: dict[str, Any]) -> None:
+    """Breaks in the field: the export is used over the network, and a device is made here, too."""
+
+    async def main() -> None:
+        it = attachment(place, **keys)
+        assert it.kind == NONE
+        assert await it.attach() == ""
+        await it.mount()
+        assert not await it.adopt()
+        assert await it.unmount(force=True) == []
+        assert await it.detach(force=True) == []
+        assert await it.clean() == []
+
+    uvloop.run(main())
+    assert nothing_left(place)
+
+
+def test_the_helper_outlives_its_loop(place: Path) -> None:
+    """Breaks in the field: a controller that is updated takes the device away under a running
+    application.
+    """
+    make_one(place)
+    with running(*CONTROLLER, str(place)) as controller:
+        assert controller.stdin is not None
+        controller.stdin.close()
+        assert controller.wait(BOUND_S) == 0
+    (helper,) = helpers(place)
+    assert alive(helper)
+    assert os.getsid(helper) == helper
+    (place / "mnt" / "file").write_text("written")
+    assert uvloop.run(attachment(place).clean()) == []
+
+
+# --- refused --------------------------------------------------------------------------------------
+
+
+def test_another_mount_is_not_covered(place: Path) -> None:
+    """Breaks in the field: what somebody mounted at the mount point is hidden, or unmounted."""
+
+    async def main(point: Path) -> None:
+        it = attachment(place)
+        await it.attach()
+        with pytest.raises(RefusedError, match=r"tmpfs \(tmpfs\) is mounted there; unmount it"):
+            await it.mount()
+        assert await it.clean() == []
+        assert mounted(place) == [str(point)]
+
+    with tmpfs(place / "mnt") as point:
+        uvloop.run(main(point))
+
+
+def test_files_are_not_hidden(place: Path) -> None:
+    """Breaks in the field: files in the mount point vanish, and are looked for for days."""
+
+    async def main() -> None:
+        it = attachment(place)
+        await it.attach()
+        (place / "mnt").mkdir()
+        (place / "mnt" / "file").touch()
+        with pytest.raises(RefusedError, match=r"is not empty, .* move that away"):
+            await it.mount()
+        (place / "mnt" / "file").unlink()
+        (place / "mnt").rmdir()
+        (place / "mnt").symlink_to(place)
+        with pytest.raises(RefusedError, match="is a symbolic link; name the directory itself"):
+            await it.mount()
+        (place / "mnt").unlink()
+        (place / "mnt").touch()
+        with pytest.raises(RefusedError, match="File exists"):
+            await it.mount()
+        assert await it.clean() == []
+
+    uvloop.run(main())
+
+
+def test_a_device_without_a_file_system_is_told(place: Path) -> None:
+    """Breaks in the field: the first start fails, and the operator sees not what is missing."""
+
+    async def main() -> None:
+        it = attachment(place)
+        with pytest.raises(RefusedError, match="nothing is attached"):
+            await it.mount()
+        device = await it.attach()
+        with pytest.raises(RefusedError, match=f"first: mkfs.ext4 {device}"):
+            await it.mount()
+        assert await it.clean() == []
+
+    uvloop.run(main())
+
+
+@pytest.mark.parametrize("state", ["dead", "frozen"])
+def test_an_attach_that_fails_leaves_nothing(
+    place: Path, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks in the field: an engine that does not answer costs the node more than this attempt."""
+    monkeypatch.setattr(devices, "ATTACH_S", 2.0)
+    if state == "dead":
+        SERVERS[place].kill()
+    else:
+        SERVERS[place].freeze()
+    said = "ended before the device was there; it said: .*" if state == "dead" else "not within 2 s"
+    with pytest.raises(RefusedError, match=said):
+        uvloop.run(attachment(place).attach())
+    assert nothing_left(place)
+
+
+def test_a_kernel_without_nbd_is_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks in the field: attach = "kernel" fails, and nobody thinks of the module."""
+    monkeypatch.setattr(devices, "BLOCK", place / "none")
+    with pytest.raises(RefusedError, match="modprobe nbd"):
+        uvloop.run(attachment(place, attach="kernel").attach())
+
+
+def test_a_missing_program_is_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks in the field: the package with nbdfuse was not installed, and nothing says so."""
+    monkeypatch.setattr(devices, "PATH", str(place))
+    with pytest.raises(RefusedError, match="nbdfuse is not installed: apt-get install"):
+        uvloop.run(attachment(place).attach())
+
+
+# --- in use ---------------------------------------------------------------------------------------
+
+
+def test_who_uses_it_is_named_and_ended(place: Path) -> None:
+    """Breaks in the field: a forgotten shell in the mount point keeps a node from leaving, or an
+    orderly unmount kills the application.
+    """
+
+    async def main() -> None:
+        it = await made(place)
+        with running("sh", "-c", f"cd {place}/mnt; echo ready; exec cat") as user:
+            said = await it.unmount(force=False)
+            assert said[-1] == f"it is used by cat (pid {user.pid})"
+            assert it.facts()["mounted"]
+            assert await it.detach(force=False) == [
+                f"{place}/mnt is still mounted: the device stays attached"
+            ]
+            assert alive(user.pid)
+            assert await it.unmount(force=True) == [
+                f"cat (pid {user.pid}) used the device of demo and was ended"
+            ]
+        assert not it.facts()["mounted"]
+        assert await it.detach(force=False) == []
+
+    uvloop.run(main())
+    assert nothing_left(place)
+
+
+def test_mounts_below_and_beside_are_removed(place: Path) -> None:
+    """Breaks in the field: the application mounts something inside the mirror, or a part of the
+    mirror elsewhere, and the device cannot be given up.
+    """
+
+    async def main() -> None:
+        it = await made(place)
+        for name in ("below", "beside"):
+            (place / "mnt" / name).mkdir()
+        run("mount", "-t", "tmpfs", "tmpfs", str(place / "mnt" / "below"))
+        (place / "other").mkdir()
+        run("mount", "--bind", str(place / "mnt" / "beside"), str(place / "other"))
+        assert await it.unmount(force=True) == []
+        assert await it.detach(force=True) == []
+
+    uvloop.run(main())
+    assert nothing_left(place)
+
+
+def run(*words: str) -> str:
+    """One command; what it said."""
+    done = subprocess.run(words, check=True, timeout=BOUND_S, stdout=subprocess.PIPE, text=True)
+    return done.stdout.strip()
+
+
+@pytest.mark.slow
+def test_what_cannot_be_unmounted_is_detached(place: Path) -> None:
+    """Breaks in the field: something that is no process keeps the mount busy, and the node cannot
+    leave; here a loop device over a file on it.
+    """
+
+    async def main() -> None:
+        it = await made(place)
+        image = place / "mnt" / "image"
+        image.write_bytes(bytes(1 << 20))
+        device = run("losetup", "--find", "--show", str(image))
+        try:
+            said = await it.unmount(force=True)
+            assert f"{place}/mnt was detached while it was in use" in said
+            assert not it.facts()["mounted"]
+            assert str(place / "mnt") not in mounted(place)
+            said = await it.detach(force=True)
+            assert said[-1:] == [f"{(await left(it)).split()[0]} is still in use"]
+            assert await it.leftovers() != [], "the node is not ready for another term"
+        finally:
+            run("losetup", "--detach", device)
+        assert await it.clean() == []
+
+    async def left(it: Attachment) -> str:
+        return (await it.leftovers())[0]
+
+    uvloop.run(main())
+    assert nothing_left(place)
+
+
+# --- what an earlier life left --------------------------------------------------------------------
+
+
+CONTROLLER = (sys.executable, "-m", "tests.controller.inside_controller")
+
+
+def make_one(place: Path) -> None:
+    """A file system on the device."""
+
+    async def main() -> None:
+        it = attachment(place)
+        make_file_system(await it.attach())
+        assert await it.detach(force=False) == []
+
+    uvloop.run(main())
+
+
+def killed_controller(place: Path) -> None:
+    """Attached and mounted by a controller that is dead."""
+    make_one(place)
+    with running(*CONTROLLER, str(place)) as controller:
+        os.kill(controller.pid, signal.SIGKILL)
+        controller.wait(BOUND_S)
+
+
+def test_a_healthy_attachment_is_taken_over(place: Path) -> None:
+    """Breaks in the field: a controller that dies takes the application with it, at once or when
+    the next one begins.
+    """
+    killed_controller(place)
+    before = (helpers(place), loops(place))
+
+    async def main() -> None:
+        it = attachment(place)
+        with writer(place / "mnt") as application:
+            assert len(await it.leftovers()) == 4
+            with pytest.raises(RefusedError, match="left by an earlier life of demo"):
+                await it.attach()
+            assert await it.adopt()
+            assert it.facts()["attached"]
+            assert it.facts()["mounted"]
+            assert [await it.attach()] == before[1]
+            await it.mount()
+            assert (helpers(place), loops(place)) == before
+            assert alive(application.pid)
+            assert len(await it.unmount(force=True)) >= 1
+        assert await it.detach(force=False) == []
+
+    uvloop.run(main())
+    assert nothing_left(place)
+
+
+@pytest.mark.parametrize(
+    "broken", ["no record", "torn record", "another pid", "no helper", "not mounted", "read-only"]
+)
+def test_what_is_not_well_is_removed(place: Path, broken: str) -> None:
+    """Breaks in the field: a controller believes its record, and the application writes to a device
+    that serves nobody; or it believes nothing, and cannot remove what is there.
+    """
+    killed_controller(place)
+    record = read_record(place / "attachment.json")
+    assert record is not None
+    if broken == "no record":
+        (place / "attachment.json").unlink()
+    elif broken == "torn record":
+        (place / "attachment.json").write_bytes((place / "attachment.json").read_bytes()[:20])
+    elif broken == "another pid":
+        false = Record(record.kind, record.device, os.getpid(), record.started)
+        write_record(place / "attachment.json", false)
+    elif broken == "no helper":
+        os.kill(record.helper, signal.SIGKILL)
+        wait_for_end(record.helper)
+    elif broken == "not mounted":
+        # The loop device is freed with it: nbdfuse alone is left.
+        run("umount", str(place / "mnt"))
+        assert loops(place) == []
+        assert helpers(place) == [record.helper]
+    else:
+        run("mount", "-o", "remount,ro", str(place / "mnt"))
+
+    async def main() -> None:
+        it = attachment(place)
+        assert not await it.adopt()
+        assert await it.leftovers() != []
+        assert await it.clean() == []
+        assert await it.leftovers() == []
+        await it.attach()
+        await it.mount()
+        assert await it.clean() == []
+
+    uvloop.run(main())
+    assert nothing_left(place)
+
+
+def test_a_read_only_mirror_is_well(place: Path) -> None:
+    """Breaks in the field: a mirror that is mounted read-only on purpose is never taken over."""
+    killed_controller(place)
+    run("mount", "-o", "remount,ro", str(place / "mnt"))
+
+    async def main() -> None:
+        it = attachment(place, options=["ro"])
+        assert await it.adopt()
+        assert await it.clean() == []
+
+    uvloop.run(main())
+
+
+def test_only_the_own_mirror_is_touched(place: Path) -> None:
+    """Breaks in the field: the end of one mirror of a server takes the other one with it."""
+    other = place / "other"
+    other.mkdir()
+
+    async def main() -> None:
+        it = attachment(place)
+        theirs = await made(other)
+        with running("sh", "-c", f"cd {other}/mnt; echo ready; exec cat") as user:
+            assert await it.leftovers() == []
+            assert await it.clean() == []
+            assert not await it.adopt()
+            await it.attach()
+            assert await it.clean() == []
+            assert alive(user.pid)
+            assert mounted(other) == [str(other / "fuse"), str(other / "mnt")]
+        assert await theirs.clean() == []
+
+    with server(other):
+        uvloop.run(main())
+
+
+# --- under a server that is dead or frozen --------------------------------------------------------
+
+CLEAN_S = 60.0
+
+
+async def gaps_during(doing: "asyncio.Task[list[str]]") -> float:
+    """The longest time that the loop did not go on while something was done, in seconds."""
+    longest, last = 0.0, time.monotonic()
+    while not doing.done():
+        await asyncio.wait({doing}, timeout=0.01)
+        now = time.monotonic()
+        longest, last = max(longest, now - last), now
+    return longest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("state", ["dead", "frozen"])
+@pytest.mark.parametrize("whose", ["own", "earlier"])
+def test_clean_leaves_nothing(place: Path, state: str, whose: str) -> None:
+    """Breaks in the field: the engine dies or hangs under the mounted file system, and mount,
+    device and processes stay until the machine is reset; or the controller hangs with them, and
+    its peer takes it for dead.
+    """
+    if whose == "earlier":
+        killed_controller(place)
+
+    async def main() -> None:
+        it = attachment(place) if whose == "earlier" else await made(place)
+        with writer(place / "mnt") as application:
+            if state == "dead":
+                SERVERS[place].kill()
+            else:
+                SERVERS[place].freeze()
+            began = time.monotonic()
+            cleaning = asyncio.create_task(it.clean())
+            gap = await gaps_during(cleaning)
+            assert time.monotonic() - began < CLEAN_S
+            assert gap < 2, "the loop stood still"
+            text = "\n".join(cleaning.result())
+            assert "used the device of demo" in text
+            assert "still there" not in text
+            assert not alive(application.pid)
+            assert nothing_left(place)
+        assert await it.leftovers() == []
+        assert not it.facts()["mounted"]
+
+    uvloop.run(main())
+
+
+@pytest.mark.slow
+def test_an_orderly_stop_under_a_frozen_server_ends(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks in the field: umount waits for an engine that hangs, and the whole node with it."""
+    monkeypatch.setattr("nbdmirror.controller.attachment.UNMOUNT_S", 2.0)
+
+    async def main() -> None:
+        it = await made(place)
+        (place / "mnt" / "dirty").write_bytes(b"x" * (8 << 20))
+        SERVERS[place].freeze()
+        began = time.monotonic()
+        said = await it.unmount(force=False)
+        assert said[:1] == [f"{place}/mnt cannot be unmounted: no end within 2 s"]
+        assert await it.clean() == []
+        assert time.monotonic() - began < CLEAN_S
+
+    uvloop.run(main())
+    assert nothing_left(place)
+
+
+def test_a_hung_fuse_file_holds_nobody_up(place: Path) -> None:
+    """Breaks in the field: a process has a file of a hung FUSE file system open, and whoever looks
+    for the users of the mirror hangs with it.
+    """
+
+    async def main() -> None:
+        it = await made(place)
+        (fuse_file,) = [each for each in (place / "fuse").iterdir() if each.is_file()]
+        with running("sh", "-c", f"exec 3<{fuse_file}; echo ready; exec cat") as user:
+            (helper,) = helpers(place)
+            os.kill(helper, signal.SIGSTOP)
+            number = (await asyncio.to_thread(os.stat, it.facts()["device"])).st_rdev
+            device = f"{os.major(number)}:{os.minor(number)}"
+            found = await asyncio.wait_for(asyncio.to_thread(using, device), BOUND_S)
+            assert user.pid not in [each.pid for each in found]
+            os.kill(helper, signal.SIGCONT)
+        assert await it.clean() == []
+
+    try:
+        uvloop.run(main())
+    finally:
+        for pid in helpers(place):
+            os.kill(pid, signal.SIGCONT)
+        unmount_below(place)
+        remove(place)
