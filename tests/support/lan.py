@@ -40,21 +40,26 @@ class Lan:
                 self.run(name, "ip", "link", "set", "lo", "up")
             self.run("switch", "ip", "link", "add", "bridge", "type", "bridge")
             self.run("switch", "ip", "link", "set", "bridge", "up")
-            for name in HOSTS:
-                self._plug(name)
+            for name, number in HOSTS.items():
+                self.plug(name, CABLE, mac(name))
+                for address in (f"{NET4}.{number}/24", f"{NET6}:{number}/64"):
+                    self.give(name, address, CABLE)
         except BaseException:
             self.close()
             raise
 
-    def _plug(self, name: str) -> None:
-        holder = str(self._holders[name].pid)
-        self.run("switch", "ip", "link", "add", name, "type", "veth", "peer", "name", CABLE,
-                 "address", mac(name), "netns", holder)  # fmt: skip
-        self.run("switch", "ip", "link", "set", name, "master", "bridge", "up")
-        number = HOSTS[name]
-        self.run(name, "ip", "address", "add", f"{NET4}.{number}/24", "dev", CABLE)
-        self.run(name, "ip", "address", "add", f"{NET6}:{number}/64", "dev", CABLE, "nodad")
-        self.run(name, "ip", "link", "set", CABLE, "up")
+    def plug(self, name: str, interface: str, address: str) -> None:
+        """Connect a host with the switch, by an interface with this MAC."""
+        port = name if interface == CABLE else f"{name}-{interface}"
+        self.run("switch", "ip", "link", "add", port, "type", "veth", "peer", "name", interface,
+                 "address", address, "netns", str(self._holders[name].pid))  # fmt: skip
+        self.run("switch", "ip", "link", "set", port, "master", "bridge", "up")
+        self.run(name, "ip", "link", "set", interface, "up")
+
+    def give(self, name: str, address: str, interface: str) -> None:
+        """A host has an address, usable at once."""
+        at_once = ["nodad"] if ":" in address else []
+        self.run(name, "ip", "address", "add", address, "dev", interface, *at_once)
 
     def enter(self, name: str) -> tuple[str, ...]:
         """What stands before a command that runs on host `name`."""
@@ -117,12 +122,13 @@ class Lan:
 class Program:
     """`tests/support/lan_program.py` on one host: does what it is told, says what it sees."""
 
-    def __init__(self, lan: Lan, host: str, *words: str) -> None:
+    def __init__(self, lan: Lan, host: str, *words: str, before: tuple[str, ...] = ()) -> None:
+        """`words` are the program's; `before` stands before its own command."""
         self.told: list[str] = []
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open while the program runs
         self._process = subprocess.Popen(
-            [*lan.enter(host), sys.executable, "-X", "dev", "-W", "error",
+            [*lan.enter(host), *before, sys.executable, "-X", "dev", "-W", "error",
              "-m", "tests.support.lan_program", *words],
             cwd=ROOT, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
