@@ -36,6 +36,7 @@ LOOK_S: Final = 0.2
 AGAIN_S: Final = 1.0
 FRESH_MS: Final = 1_000
 VERDICT_S: Final = 1.0
+CLEAN_AGAIN_S: Final = 10.0
 POLLS_LOST_MAX: Final = 2
 
 
@@ -78,6 +79,7 @@ class Conductor:
         self.verdict_reason = ""
         self._verdict_s = 0.0
         self._cleaned = False
+        self._cleaned_s = 0.0
         self._said = Body()
         self._hands = asyncio.Lock()
         self._woken = asyncio.Event()
@@ -182,8 +184,6 @@ class Conductor:
         """The view of this moment."""
         engine = view.engine_of(self.engine_state) if self.engine_state is not None else None
         before = self._before_down()
-        running = self.service.state is not ServiceState.DOWN
-        held = self.orders.held_back() or ("" if running else before)
         return View(
             settings=self._settings(),
             wanted=self.switches.now.wanted and not self.orders.shutdown,
@@ -195,16 +195,29 @@ class Conductor:
             peer=bodies.peer_of(self.peer_body, heard=self.peer_heard()),
             service=self.service.state,
             service_reason=self.service.reason,
-            leftovers=not self._cleaned or bool(self.service.leftovers),
+            leftovers=not self._cleaned or self._clean_again(),
             before_down=before,
             verdict=self._verdict,
             verdict_reason=self.verdict_reason,
             asked_peer=self._asked_peer,
-            held_back=held,
+            held_back=self._held_back(before),
             order=self.orders.order,
             order_from=self.orders.reason,
             swap_to=self.orders.swap_to,
         )
+
+    def _clean_again(self) -> bool:
+        """Whether what could not be removed is tried once more."""
+        due = boottime_ms() / 1000 - self._cleaned_s > CLEAN_AGAIN_S
+        return bool(self.service.leftovers) and due
+
+    def _held_back(self, before: str) -> str:
+        """Why this node may not become primary."""
+        if self.service.leftovers:
+            left = "; ".join(self.service.leftovers)
+            return f"something of an earlier term is still here (rule 22): {left}"
+        running = self.service.state is not ServiceState.DOWN
+        return self.orders.held_back() or ("" if running else before)
 
     def _before_down(self) -> str:
         if not self.switches.now.checkers:
@@ -233,9 +246,8 @@ class Conductor:
             self.engine_state = state
             self.tell(f"adopted the engine, process {state['pid']}")
             if state.get("role") == "primary":
+                # Rule 22: what is not of this very term is taken down before anything is started.
                 self._cleaned = await self.service.adopt(term_of(state))
-                if not self._cleaned and not self.service.had_mark():
-                    self._cleaned = not self.service.leftovers
 
     async def run(self) -> None:
         """Until `end`."""
@@ -360,8 +372,9 @@ class Conductor:
         return await self.link.command(name, self.engine_state, **args)
 
     async def _clean(self) -> None:
-        await self.service.clean()
         self._cleaned = True
+        self._cleaned_s = boottime_ms() / 1000
+        self.service.leave(served=False)
 
     async def _start_engine(self) -> None:
         async with self._hands:

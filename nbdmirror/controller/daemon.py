@@ -101,7 +101,8 @@ async def clean(config: Config, events: EventLog) -> None:
             raise RefusedError("the engine of this node serves: nothing is removed under it")
     link.close()
     service = Service(config, lambda said: events.emit("note", reason=said), lambda: None)
-    await service.clean()
+    service.leave(served=False)
+    await service.finished()
     await service.close()
 
 

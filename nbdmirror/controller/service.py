@@ -17,6 +17,7 @@ from nbdmirror.config import Config
 from nbdmirror.controller.addresses import Addresses
 from nbdmirror.controller.application import Application
 from nbdmirror.controller.attachment import Attachment
+from nbdmirror.controller.traces import NONE
 from nbdmirror.core.cluster.view import Service as State
 from nbdmirror.errors import NbdMirrorError
 from nbdmirror.files import FILE_MODE
@@ -123,15 +124,10 @@ class Service:
         """Before anything else, when the engine died: the peer is about to take them."""
         await self.addresses.drop()
 
-    async def clean(self) -> None:
-        """Remove what an earlier life left: application, address, mount, device."""
-        for problem in await self.application.stop():
-            self._tell(problem)
-        await self.addresses.drop()
-        for problem in await self.attachment.clean():
-            self._tell(problem)
-        self._remove_mark()
-        await self.look_for_leftovers()
+    async def finished(self) -> None:
+        """Wait for the end of what is under way."""
+        while self._work is not None:
+            await asyncio.wait({self._work})
 
     async def look_for_leftovers(self) -> None:
         """Find out what is here that should not be, while nothing should be."""
@@ -157,7 +153,9 @@ class Service:
 
         Rule 22: an attachment belongs to one term of one node.
         """
-        if self._read_mark() != term or not await self.attachment.adopt():
+        if self._read_mark() != term:
+            return False
+        if self.attachment.kind != NONE and not await self.attachment.adopt():
             return False
         try:
             await self.addresses.take()
@@ -167,10 +165,6 @@ class Service:
         self.application.adopt()
         self._change(State.UP)
         return True
-
-    def had_mark(self) -> bool:
-        """Whether an earlier life did not take everything down."""
-        return self._mark.exists()
 
     def _store_mark(self, term: str) -> None:
         temporary = self._mark.with_suffix(".new")

@@ -286,7 +286,7 @@ TABLE: Final[tuple[Row, ...]] = (
         "the engine here does not serve any more: what runs on its device is taken down",
     ),
     Row(
-        "leftovers", lambda v: not is_primary(v) and v.leftovers, Step.CLEAN,
+        "leftovers", lambda v: v.leftovers and v.service is Service.DOWN, Step.CLEAN,
         "something of an earlier life is still here (rule 22)",
     ),
     # 2. The engine is kept alive.
@@ -352,6 +352,10 @@ TABLE: Final[tuple[Row, ...]] = (
     Row(
         "before", primary_and(lambda v: v.service is Service.DOWN and bool(v.before_down)),
         Step.NOTHING, lambda v: f"the application waits until this is well: {v.before_down}",
+    ),
+    Row(
+        "left over", primary_and(lambda v: v.service is Service.DOWN and bool(v.held_back)),
+        Step.NOTHING, lambda v: v.held_back,
     ),
     Row(
         "enter", primary_and(lambda v: v.service is Service.DOWN and not engine(v).frozen),

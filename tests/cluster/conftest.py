@@ -1,0 +1,5 @@
+"""Real nodes with real controllers."""
+
+import pytest
+
+pytest.register_assert_rewrite("tests.support.cluster")
