@@ -132,7 +132,7 @@ class ClusterNode:
         with self.client() as client:
             return client.call("status")
 
-    def order(self, command: str, **args: object) -> Status:
+    def order(self, command: str, **args: Any) -> Status:
         """One command."""
         with self.client() as client:
             return client.call(command, **args)
@@ -194,9 +194,9 @@ class ClusterNode:
     def destroy(self) -> None:
         """End whatever still runs, and take down what it left."""
         pid = 0
-        with contextlib.suppress(NbdMirrorError, OSError):
-            with ControlClient(self.config.control_socket, 2.0) as client:
-                pid = int(client.call("state")["pid"])
+        control = ControlClient(self.config.control_socket, 2.0)
+        with contextlib.suppress(NbdMirrorError, OSError), control as client:
+            pid = int(client.call("state")["pid"])
         if self.daemon is not None:
             self.daemon.kill()
             self.daemon.wait(WAIT_S)
