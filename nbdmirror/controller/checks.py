@@ -314,7 +314,7 @@ async def _end(name: str, process: asyncio.subprocess.Process) -> None:
     """Kill what is left of the process's group."""
     # A number is given anew only after all others: not in the moment since the leader's end.
     with contextlib.suppress(ProcessLookupError):
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
     if process.returncode is None:
         try:
             async with asyncio.timeout(KILL_WAIT_S):
