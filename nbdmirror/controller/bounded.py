@@ -10,8 +10,10 @@ import asyncio
 import concurrent.futures
 import contextlib
 import os
+import signal
+import subprocess
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -43,6 +45,55 @@ async def in_thread(call: Callable[[], Result], bound_s: float) -> Result:
 
     threading.Thread(target=work, name=getattr(call, "__name__", "call"), daemon=True).start()
     return await asyncio.wait_for(asyncio.wrap_future(promise), bound_s)
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+def start(words: Sequence[str], environment: Mapping[str, str], out: int, error: int) -> int:
+    """Start a program in a session of its own; returns its pid, to be given to ended().
+
+    It gets these descriptors and no other one of this program. Not by the loop: uvloop hands on
+    what is inheritable, and copies of this program's own output, which a daemon would keep for
+    ever; and asyncio kills its children when the loop is closed.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+    child = subprocess.Popen(  # noqa: S603 - no shell; the words are the operator's or ours
+        words,
+        stdin=subprocess.DEVNULL,
+        stdout=out,
+        stderr=error,
+        env=environment,
+        cwd="/",
+        start_new_session=True,
+    )
+    # Its end is not Popen's to wait for, and not its to complain about.
+    child.returncode = 0
+    return child.pid
+
+
+async def ended(pid: int) -> int:
+    """Wait for the end of a child; returns its exit code, or minus the signal that ended it.
+
+    Cancelled, it can be called again.
+    """
+    loop = asyncio.get_running_loop()
+    descriptor = os.pidfd_open(pid)
+    end: asyncio.Future[None] = loop.create_future()
+    loop.add_reader(descriptor, _settle, end)
+    try:
+        await end
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])  # noqa: ASYNC222 - it has ended
+
+
+def _settle(end: "asyncio.Future[None]") -> None:
+    if not end.done():
+        end.set_result(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,27 +130,20 @@ async def _to_its_end(
     words: Sequence[str], bound_s: float, streams: tuple[int, int]
 ) -> tuple[int | None, str]:
     try:
-        process = await asyncio.create_subprocess_exec(
-            *words,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=streams[0],
-            stderr=streams[1],
-            env=ENVIRONMENT,
-            cwd="/",
-            start_new_session=True,
-        )
+        pid = start(words, ENVIRONMENT, *streams)
     except OSError as error:
         return None, f"{words[0]}: {error.strerror}"
+    code: int | None = None
     try:
-        return await asyncio.wait_for(process.wait(), bound_s), ""
+        code = await asyncio.wait_for(ended(pid), bound_s)
     except TimeoutError:
         return None, f"no end within {bound_s:g} s"
     finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
+        if code is None:
+            os.kill(pid, signal.SIGKILL)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), KILLED_S)
+                await asyncio.wait_for(ended(pid), KILLED_S)
+    return code, ""
 
 
 def _said(descriptor: int) -> str:

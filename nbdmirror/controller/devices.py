@@ -15,7 +15,6 @@ import asyncio
 import ctypes
 import os
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from nbdmirror.controller.bounded import ENVIRONMENT, PATH, command, in_thread
+from nbdmirror.controller.bounded import ENVIRONMENT, PATH, command, in_thread, start
 from nbdmirror.controller.mounts import at, mounts
 from nbdmirror.controller.processes import Process, process, reap
 from nbdmirror.controller.traces import BLOCK, FUSE, KERNEL, Places, Record, write_record
@@ -186,10 +185,9 @@ async def _start(words: list[str], places: Places, tell: Callable[[str], None]) 
     Raises:
         RefusedError: it is not installed, or ended at once. OSError: the system refuses.
     """
-    program = shutil.which(words[0], path=PATH)
-    if program is None:
+    if shutil.which(words[0], path=PATH) is None:
         raise RefusedError(f"{words[0]} is not installed: apt-get install {PACKAGES[words[0]]}")
-    helper, refused = await in_thread(lambda: _spawn(program, words, places.log), SPAWN_S)
+    helper, refused = await in_thread(lambda: _spawn(words, places.log), SPAWN_S)
     for each in refused:
         tell(f"{words[0]} is not protected from a full memory: {each}")
     if helper is None:
@@ -197,30 +195,21 @@ async def _start(words: list[str], places: Places, tell: Callable[[str], None]) 
     return helper
 
 
-def _spawn(program: str, words: list[str], log: Path) -> tuple[Process | None, list[str]]:
-    """In a thread of its own: what is declared here is the thread's, and inherited.
-
-    Not by asyncio, which kills its children when the loop is closed.
-    """
+def _spawn(words: list[str], log: Path) -> tuple[Process | None, list[str]]:
+    """In a thread of its own: what is declared here is the thread's, and inherited."""
     refused: list[str] = []
     libc = ctypes.CDLL(None, use_errno=True)
     # It must not wait for dirty pages of the device that it serves.
     if libc.prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0):
         refused.append(f"declaring an I/O flusher: {os.strerror(ctypes.get_errno())}")
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-    out, null = os.open(log, flags, FILE_MODE), os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    out = os.open(log, flags, FILE_MODE)
     try:
         if os.fstat(out).st_size > LOG_BYTES_MAX:
             os.truncate(out, 0)
-        actions = [(os.POSIX_SPAWN_DUP2, null, 0), (os.POSIX_SPAWN_DUP2, out, 1),
-                   (os.POSIX_SPAWN_DUP2, out, 2)]  # fmt: skip
-        pid = os.posix_spawn(
-            program, words, ENVIRONMENT, file_actions=actions, setsid=True, setsigmask=(),
-            setsigdef=(signal.SIGPIPE, signal.SIGINT),
-        )  # fmt: skip
+        pid = start(words, ENVIRONMENT, out, out)
     finally:
         os.close(out)
-        os.close(null)
     try:
         adjust = Path(f"/proc/{pid}/oom_score_adj")
         adjust.write_text(f"{OOM_SCORE_ADJ}\n", encoding="ascii")

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from nbdmirror.controller.bounded import PATH, in_thread
+from nbdmirror.controller.bounded import PATH, ended, in_thread, start
 from nbdmirror.controller.processes import Ending, Process, end, process, processes
 from nbdmirror.files import FILE_MODE
 from nbdmirror.limits import KIB, MIB
@@ -34,6 +34,7 @@ TAIL_BYTES: Final = 2 * KIB
 LOG_BYTES_MAX: Final = 1 * MIB
 ROOM_BYTES_MIN: Final = 1 * MIB  # with less free space a script's own echo could make it fail
 TERM_S: Final = 2.0
+REAP_S: Final = 1.0
 LOG_S: Final = 2.0  # bound for opening and for reading the log file
 ENDING_S: Final = 15.0  # upper bound of what a time-out costs on top of it
 
@@ -106,26 +107,19 @@ async def _run(
 ) -> tuple[int | None, bool, str]:
     """Exit code, whether it timed out, and why it did not start."""
     marker = secrets.token_hex(16)
+    marked = {**environment, RUN_VARIABLE: marker}
     try:
-        child = await asyncio.create_subprocess_exec(
-            *_as_others(command),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=sink.descriptor,
-            stderr=sink.descriptor,
-            env={**environment, RUN_VARIABLE: marker},
-            cwd="/",
-            start_new_session=True,
-        )
+        pid = start(_as_others(command), marked, sink.descriptor, sink.descriptor)
     except OSError as error:
         return None, False, f"{command[0]}: {error.strerror}"
-    root = process(child.pid)
+    root = process(pid)
     try:
-        return await asyncio.wait_for(child.wait(), timeout_s), False, ""
+        return await asyncio.wait_for(ended(pid), timeout_s), False, ""
     except TimeoutError:
-        await _end_run(root, marker)
+        await _end_run(pid, root, marker)
         return None, True, ""
     except asyncio.CancelledError:
-        await asyncio.shield(_end_run(root, marker))
+        await asyncio.shield(_end_run(pid, root, marker))
         raise
 
 
@@ -143,10 +137,12 @@ def _as_others(command: Sequence[str]) -> list[str]:
 # --- the end of what was started -------------------------------------------------------------
 
 
-async def _end_run(root: Process | None, marker: str) -> Ending:
+async def _end_run(pid: int, root: Process | None, marker: str) -> None:
     """End a script and all that descends from it: SIGTERM, two seconds, SIGKILL."""
     mark = f"{RUN_VARIABLE}={marker}"
-    return await end(lambda: _tree(root, [mark]), grace_s=TERM_S)
+    await end(lambda: _tree(root, [mark]), grace_s=TERM_S)
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(ended(pid), REAP_S)
 
 
 async def end_marked(variables: Mapping[str, str], *, grace_s: float) -> Ending:

@@ -24,10 +24,7 @@ WAYS = {
     "root": "import os; os.chroot(POINT)",
     "file": "file = open(POINT + '/file')",
     "deleted file": "import os; file = open(POINT + '/gone', 'w'); os.unlink(POINT + '/gone')",
-    "map": (
-        "import mmap\nwith open(POINT + '/file', 'r+b') as file:"
-        "\n    held = mmap.mmap(file.fileno(), 0)\n"
-    ),
+    "library": "import ctypes; ctypes.CDLL(POINT + '/library')",
 }
 
 
@@ -36,6 +33,9 @@ def point(tmp_path: Path) -> Iterator[Path]:
     """A mounted file system with a file."""
     with tmpfs(tmp_path / "mnt", "32m") as place:
         (place / "file").write_text("content")
+        maps = Path("/proc/self/maps").read_text()
+        libc = next(line.split()[-1] for line in maps.splitlines() if "/libc.so" in line)
+        shutil.copy(Path(libc).with_name("libm.so.6"), place / "library")
         yield place
 
 
@@ -78,6 +78,19 @@ def test_nobody_else_is_found(point: Path, tmp_path: Path) -> None:
         assert holders(tmp_path) == [], "not a mount point"
 
 
+def test_a_path_is_not_believed(point: Path, tmp_path: Path) -> None:
+    """Breaks in the field: somebody works in a file system that was detached, where the path of his
+    directory is by chance that of the mount point, and is killed.
+    """
+    with tmpfs(tmp_path / "other") as other:
+        inside = Path(f"{other}{point}")
+        inside.mkdir(parents=True)
+        with user(inside, "cwd") as process:
+            subprocess.run(["umount", "-l", str(other)], check=True)
+            assert Path(f"/proc/{process.pid}/cwd").readlink() == point
+            assert holders(point) == []
+
+
 def test_a_user_in_another_namespace_is_found(point: Path) -> None:
     """Breaks in the field: a service with a private view of the mounts keeps the device busy, and
     nobody can say who.
@@ -104,7 +117,7 @@ def test_users_are_ended(point: Path) -> None:
     would end in order is not given the time.
     """
     stubborn = f"trap '' TERM; cd {point}; echo ready; cat; cat"
-    with user(point, "map") as gentle, running("sh", "-c", stubborn) as other:
+    with user(point, "library") as gentle, running("sh", "-c", stubborn) as other:
         said = uvloop.run(end_holders(point, 3))
         assert not alive(gentle.pid)
         assert not alive(other.pid)

@@ -109,6 +109,13 @@ def test_only_the_given_environment(tmp_path: Path) -> None:
     assert "PWD=/" in outcome.tail.splitlines()
 
 
+def test_a_session_of_its_own(tmp_path: Path) -> None:
+    """Breaks in the field: a Ctrl-C at the controller's terminal ends the application."""
+    outcome = uvloop.run(run_it(script(tmp_path / "does", 'echo $$; cut -d" " -f6 /proc/$$/stat')))
+    pid, session = outcome.tail.splitlines()
+    assert pid == session
+
+
 def test_a_daemon_is_left_alone(tmp_path: Path) -> None:
     """Breaks in the field: the application that a start script leaves behind is waited for, killed,
     or dies of SIGPIPE at its first word after the start.
@@ -131,6 +138,24 @@ def test_a_daemon_is_left_alone(tmp_path: Path) -> None:
 
 
 STUBBORN = "trap '' TERM; while :; do sleep 1000; done"
+
+
+def test_no_descriptor_is_handed_on(tmp_path: Path) -> None:
+    """Breaks in the field: a daemon keeps a listening socket of the controller, and the next
+    controller cannot have its address; or the log pipe of the service manager, which waits for it.
+    """
+    does = script(tmp_path / "does", "exec ls -l /proc/self/fd")
+    read, write = os.pipe()
+    os.set_inheritable(write, True)
+    try:
+        outcome = uvloop.run(run_it(does))
+    finally:
+        os.close(read)
+        os.close(write)
+    leads = {line.partition("-> ")[2] for line in outcome.tail.splitlines() if "->" in line}
+    own = {each for each in leads if each.startswith("/proc/")}  # the directory that ls reads
+    assert leads - own == {"/dev/null", str(tmp_path / "log")}
+    assert outcome.tail.count("->") == 4
 
 
 @pytest.mark.slow
