@@ -163,7 +163,21 @@ class Api:
             c.orders.clear()
             c.orders.shutdown = "the service is being stopped; it starts again with it"
             return "stop: until the service starts again"
-        return said("stop: this node stops", c.orders.stop("stopped by an operator"))
+        both = bool(args.get("both")) and self._stops_both()
+        problem = c.orders.stop("stopped by an operator")
+        c.orders.stop_both = both
+        return said("stop: both nodes stop" if both else "stop: this node stops", problem)
+
+    def _stops_both(self) -> bool:
+        """The primary's application first, then the secondary, then the primary: equal copies.
+
+        Raises:
+            RefusedError: the other node is the primary.
+        """
+        v = self._conductor.look_at_everything()
+        if not policy.is_primary(v) and v.peer.heard and v.peer.wanted:
+            raise RefusedError(f"stop --both: type it on the primary, {v.settings.peer_name}")
+        return policy.is_primary(v)
 
     async def _prim(self, args: Arguments) -> str:
         c, force = self._conductor, bool(args.get("force", False))

@@ -39,6 +39,7 @@ class Orders:
         self.force = False
         self.shutdown = ""
         self.swap_to = 0
+        self.stop_both = False
         self.error = ""
         self._swap_until_s = 0.0
         self._waits_for = ""
@@ -75,6 +76,7 @@ class Orders:
     def start(self) -> str:
         """The node shall run; nothing holds it back any more. Returns what could not be stored."""
         self.shutdown = self._waits_for = self._waits_reason = ""
+        self.stop_both = False
         return stored(self._switches, wanted=True, stop_reason="", actions=())
 
     def stop(self, reason: str) -> str:
@@ -129,6 +131,8 @@ class Orders:
             self.swap_to = 0
             if self.order is OrderKind.SWAP:
                 self.order = None
+        if v.wanted and v.peer.heard and v.peer.stop_both and v.peer.service == Service.DOWN:
+            self.stop(f"stopped together with {v.settings.peer_name}")
         self._asked_by_peer(v, primary=primary)
         self._failback(v, primary=primary)
 

@@ -8,13 +8,14 @@ it should be: everything is read back from the mirror and compared by checksum.
 
 import contextlib
 import hashlib
+import json
 import os
 import sqlite3
 import stat
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
@@ -30,6 +31,7 @@ MORE_COUNT: Final = 50
 ENOUGH_COUNT: Final = 2_000
 ENOUGH_BYTES: Final = 200 * MB
 END_TIMEOUT_S: Final = 60.0
+COUNT_TIMEOUT_S: Final = 120.0
 HERE: Final = Path(__file__).resolve().parent
 
 
@@ -122,12 +124,12 @@ def complete_lines(path: Path) -> list[str]:
 
 
 class Process:
-    """The writer or the copier, as a process of its own."""
+    """The copier or the prober, as a process of its own on one of the hosts."""
 
-    def __init__(self, name: str, *arguments: Path) -> None:
+    def __init__(self, enter: tuple[str, ...], name: str, *arguments: object) -> None:
         self.name = name
         self._process = subprocess.Popen(
-            [sys.executable, str(HERE / f"{name}.py"), *map(str, arguments)],
+            [*enter, sys.executable, str(HERE / f"{name}.py"), *map(str, arguments)],
             stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
 
@@ -186,9 +188,41 @@ def count(directory: Path, database_path: Path, copied: Copied, commits: list[Co
     return Count(files, good, len(rows), str(integrity))
 
 
+def count_there(
+    enter: tuple[str, ...], directory: Path, copied: Copied, commits: list[Commit]
+) -> Count:
+    """The same on a host: what it reads is what its own mount shows.
+
+    Raises:
+        DemoError: it cannot be counted.
+    """
+    given = {"files": copied.files, "commits": [[c.number, c.digest, c.at_ns] for c in commits]}
+    done = subprocess.run(
+        [*enter, sys.executable, str(HERE / "load.py"), str(directory)], input=json.dumps(given),
+        capture_output=True, text=True, timeout=COUNT_TIMEOUT_S, check=False,
+    )  # fmt: skip
+    if done.returncode != 0:
+        raise DemoError(f"counting failed: {done.stderr.strip()[-500:]}")
+    return Count(**json.loads(done.stdout))
+
+
+def main(directory: Path) -> int:
+    """Count what standard input names, and print what was found."""
+    given = json.load(sys.stdin)
+    commits = [Commit(*each) for each in given["commits"]]
+    copied = Copied(given["files"], 0)
+    found = count(directory, directory / "rows.db", copied, commits)
+    sys.stdout.write(json.dumps(asdict(found)))
+    return 0
+
+
 def digest_of(path: Path) -> str:
     """SHA-256 of a file; empty if it cannot be read."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:
         return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

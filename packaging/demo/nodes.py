@@ -1,11 +1,12 @@
-"""Two nodes on one machine: a network namespace each, one configuration file, one engine each.
+"""The two nodes of the demo: one configuration file, one controller each.
 
-Owns the engines' processes. Uses what an operator uses: the command line for every command; only
-polling asks the control socket directly. Must never touch a node's files behind its engine's back.
+Owns the controllers' processes. Uses what an operator uses: the command line for every order; only
+polling asks the controller's socket directly. Must never touch a node's files while it runs.
 """
 
-# ruff: noqa: INP001, S603, S607 - a directory that is run; commands of ours, found on PATH
+# ruff: noqa: INP001, S603 - a directory that is run; commands of ours
 
+import contextlib
 import json
 import os
 import signal
@@ -14,25 +15,29 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
+from hosts import NETWORK, Hosts, command
 from progress import DemoError, wait_until
 
 from nbdmirror.config import load
 from nbdmirror.control_client import ControlClient
 from nbdmirror.errors import NbdMirrorError
 
-CLI: Final = str(Path(sys.executable).parent / "nbdmirror")
-NETWORK: Final = "192.0.2"  # RFC 5737; it exists in namespaces of ours only
+BIN: Final = Path(sys.executable).parent
+CLI: Final = str(BIN / "nbdmirror")
+DAEMON: Final = str(BIN / "nbdmirrord")
+HERE: Final = Path(__file__).resolve().parent
 PORT: Final = 7789
-START_TIMEOUT_S: Final = 20.0
-STOP_TIMEOUT_S: Final = 40.0
-COMMAND_TIMEOUT_S: Final = 70.0
-ANSWER_TIMEOUT_S: Final = 10.0
-LOG_TAIL_LINES: Final = 15
+ANSWER_S: Final = 20.0
+ASK_S: Final = 10.0
+LOG_TAIL_LINES: Final = 25
 
 CONFIG: Final = """\
 mirror = "demo"
 key_file = "{directory}/key"
-arbiter = "none"
+arbiter = "ping"
+
+[ping]
+addresses = ["{network}.254"]
 
 [node.one]
 id = 1
@@ -46,40 +51,26 @@ address = "{network}.2:{port}"
 data_dir = "{directory}/two/data"
 run_dir = "{directory}/two/run"
 
-[engine]
-on_freeze = "alone"
+[probe]
+address = "0.0.0.0:9010"
+
+[mount]
+point = "{directory}/mnt"
+
+[application]
+start = ["{python}", "{here}/app.py", "start", "{directory}/mnt", "{directory}/commits"]
+stop = ["{python}", "{here}/app.py", "stop", "{directory}/mnt", "{directory}/commits"]
+
+[[virtual_address]]
+address = "{network}.100/24"
+
+[[checker]]
+name = "writer"
+kind = "command"
+command = ["{python}", "{here}/app.py", "check", "{directory}/mnt", "{directory}/commits"]
+interval_ms = 1000
+timeout_ms = 2000
 """
-
-
-def command(*arguments: str, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
-    """Run a command to its end; returns what it printed.
-
-    Raises:
-        DemoError: it failed; the text holds what it said.
-    """
-    try:
-        done = subprocess.run(
-            arguments, capture_output=True, text=True, timeout=timeout_s, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise DemoError(f"{' '.join(arguments)}: not done in {timeout_s:g} s") from None
-    if done.returncode != 0:
-        said = (done.stderr + done.stdout).strip()
-        raise DemoError(f"{' '.join(arguments)}: exit code {done.returncode}: {said}")
-    return done.stdout
-
-
-def make_hosts(names: tuple[str, str]) -> None:
-    """Two network namespaces, joined by a cable."""
-    for name in names:
-        command("ip", "netns", "add", name)
-    left, right = names
-    command("ip", "link", "add", left, "netns", left, "type", "veth", "peer",
-            "name", right, "netns", right)  # fmt: skip
-    for number, name in enumerate(names, 1):
-        command("ip", "-n", name, "address", "add", f"{NETWORK}.{number}/24", "dev", name)
-        command("ip", "-n", name, "link", "set", name, "up")
-        command("ip", "-n", name, "link", "set", "lo", "up")
 
 
 def write_config(directory: Path) -> Path:
@@ -88,66 +79,67 @@ def write_config(directory: Path) -> Path:
     key.touch(mode=0o600)
     key.write_bytes(os.urandom(32))
     path = directory / "demo.toml"
-    path.write_text(CONFIG.format(directory=directory, network=NETWORK, port=PORT))
+    path.write_text(
+        CONFIG.format(
+            directory=directory, network=NETWORK, port=PORT, here=HERE, python=sys.executable
+        )
+    )
     return path
 
 
 class Node:
-    """One node: its host, its files, its engine."""
+    """One node: its host, its files, its controller."""
 
-    def __init__(self, config_path: Path, name: str, host: str) -> None:
+    def __init__(self, config_path: Path, name: str, hosts: Hosts) -> None:
         self.config = load(config_path, name)
         self.name = name
-        self.host = host
-        self.directory = config_path.parent / name
-        self.directory.mkdir()
-        self.log_path = self.directory / "log"
-        self.launcher: subprocess.Popen[bytes] | None = None
+        self.mount_point = config_path.parent / "mnt"
+        self._hosts = hosts
+        self._log_path = config_path.parent / f"{name}.log"
+        self._daemon: subprocess.Popen[bytes] | None = None
 
     def cli(self, *words: str) -> str:
-        """`nbdmirror WORDS` as this node."""
-        return command(CLI, *words, "-c", str(self.config.source), "--node", self.name)
+        """`nbdmirror WORDS` on this node's host."""
+        where = ("-c", str(self.config.source), "--node", self.name)
+        return command(*self._hosts.enter(self.name), CLI, *words, *where)
 
-    def engine(self, name: str) -> dict[str, Any]:
-        """`nbdmirror engine NAME --json` as this node."""
-        answer = json.loads(self.cli("engine", name, "--json"))
-        assert isinstance(answer, dict)
-        return answer
-
-    def start(self) -> None:
-        """`nbdmirror engine run` on this node's host; returns when it answers."""
-        # `ip netns exec` would make a mount namespace each time: to the engine that is another
-        # mount under its files, and after a crash it could not trust its page cache.
-        with self.log_path.open("ab") as log:
-            self.launcher = subprocess.Popen(
-                ["nsenter", f"--net=/run/netns/{self.host}", CLI, "engine", "run",
-                 "-c", str(self.config.source), "--node", self.name],
+    def up(self) -> None:
+        """`nbdmirrord`; returns when it answers."""
+        with self._log_path.open("ab") as log:
+            self._daemon = subprocess.Popen(
+                [*self._hosts.enter(self.name), DAEMON, "-c", str(self.config.source),
+                 "--node", self.name],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
-        wait_until(self.answers, f"engine of node {self.name} answers", START_TIMEOUT_S)
+        wait_until(self.answers, f"the controller of node {self.name} answers", ANSWER_S)
 
     def answers(self) -> dict[str, Any] | None:
-        """The state, or None while there is no engine.
+        """The status, or None while nobody answers.
 
         Raises:
-            DemoError: it will never answer, because it has ended.
+            DemoError: nobody will, because the controller has ended.
         """
-        if self.launcher is not None and self.launcher.poll() is not None:
-            raise DemoError(f"the engine of node {self.name} ended: {self.launcher.returncode}")
+        if self._daemon is not None and self._daemon.poll() is not None:
+            raise DemoError(f"the controller of node {self.name} ended: {self._daemon.returncode}")
         try:
-            return self.state()
+            return self.status()
         except NbdMirrorError:
             return None
 
-    def state(self) -> dict[str, Any]:
-        """The engine's state, asked directly: cheap enough to poll."""
-        with ControlClient(self.config.control_socket, ANSWER_TIMEOUT_S) as client:
-            return client.call("state")
+    def status(self) -> dict[str, Any]:
+        """Asked directly: cheap enough to poll."""
+        with ControlClient(self.config.controller_socket, ASK_S) as client:
+            return client.call("status")
+
+    def has_role(self, *roles: str) -> bool:
+        """Whether the node is ready in one of these roles."""
+        status = self.answers()
+        return status is not None and status["role"] in roles and status["readiness"] == "ready"
 
     def events(self) -> list[dict[str, Any]]:
         """What the engine remembers."""
         found = []
-        with ControlClient(self.config.control_socket, ANSWER_TIMEOUT_S) as client:
+        with ControlClient(self.config.control_socket, ASK_S) as client:
             try:
                 for event in client.events(timeout_s=0.5):
                     found.append(event)  # noqa: PERF402 - kept when the wait for the next ends
@@ -155,50 +147,48 @@ class Node:
                 pass  # no further event in time: that is all of them
         return found
 
-    def kill(self) -> None:
-        """SIGKILL the engine: the pid is the one that it tells. Its launcher ends by itself."""
-        os.kill(int(self.engine("state")["pid"]), signal.SIGKILL)
+    def engine_pid(self) -> int:
+        """The engine's process, as it tells."""
+        return int(self.status()["engine"]["pid"])
 
-    def ended(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
-        """Wait for the launcher's end; returns its exit code."""
-        assert self.launcher is not None
-        try:
-            code = self.launcher.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            raise DemoError(f"the engine of node {self.name} does not end") from None
-        self.launcher = None
+    def kill_engine(self) -> None:
+        """SIGKILL the engine."""
+        os.kill(self.engine_pid(), signal.SIGKILL)
+
+    def kill_both(self) -> None:
+        """SIGKILL engine and controller: what the loss of a host does to them."""
+        assert self._daemon is not None
+        pid = self.engine_pid()
+        self._daemon.kill()
+        os.kill(pid, signal.SIGKILL)
+        self._daemon.wait()
+        self._daemon = None
+
+    def end_controller(self) -> int:
+        """SIGTERM the controller; returns its exit code."""
+        assert self._daemon is not None
+        self._daemon.terminate()
+        code = self._daemon.wait(ASK_S)
+        self._daemon = None
         return code
 
     def log_tail(self) -> str:
-        """The end of the engine's log and its state, for whoever looks for the reason."""
-        lines = self.log_path.read_text().splitlines() if self.log_path.exists() else []
+        """The end of the controller's log and its status, for whoever looks for the reason."""
+        lines = self._log_path.read_text().splitlines() if self._log_path.exists() else []
         try:
-            state = json.dumps(self.state(), indent=1)
+            status = json.dumps(self.status(), indent=1)
         except NbdMirrorError as error:
-            state = str(error)
-        return "\n".join([f"--- node {self.name}", *lines[-LOG_TAIL_LINES:], state])
+            status = str(error)
+        return "\n".join([f"--- node {self.name}", *lines[-LOG_TAIL_LINES:], status])
 
     def end_now(self) -> None:
         """The end without order, for when the demo itself ends early."""
-        if self.launcher is None:
-            return
-        try:
-            os.kill(int(self.state()["pid"]), signal.SIGKILL)
-        except (NbdMirrorError, OSError):
-            self.launcher.kill()
-        self.launcher.wait()
-        self.launcher = None
+        with contextlib.suppress(NbdMirrorError, OSError), self._engine() as client:
+            os.kill(int(client.call("state")["pid"]), signal.SIGKILL)
+        if self._daemon is not None:
+            self._daemon.kill()
+            self._daemon.wait()
+            self._daemon = None
 
-
-def in_sync(primary: Node, secondary: Node) -> bool:
-    """Whether a write to `primary` is acknowledged by both and `secondary` may take over."""
-    mine, theirs = primary.state(), secondary.state()
-    session = mine["session"] or {}
-    return bool(
-        session.get("phase") == "synced"
-        and session.get("sending")
-        and theirs["data_state"] == "uptodate"
-        and theirs["role"] == "secondary"
-        and not mine["frozen"]
-        and not mine["right_alone"]
-    )
+    def _engine(self) -> ControlClient:
+        return ControlClient(self.config.control_socket, 2.0)

@@ -2,7 +2,8 @@
 
 Run as a process: `writer.py DATABASE LEDGER`. The ledger is outside the mirror; a line (number,
 SHA-256 of the payload, monotonic time in ns) is written only after the commit was acknowledged.
-Ends with 0 after SIGTERM, with 3 when the database fails. Must never write a line earlier.
+Says "open" when it has its database. Ends with 0 after SIGTERM, with 3 when the database fails.
+Must never write a line earlier.
 """
 
 # ruff: noqa: INP001 - a directory that is run
@@ -43,6 +44,8 @@ def main(database_path: Path, ledger_path: Path) -> int:
             database = open_database(database_path)
             (last,) = database.execute("SELECT coalesce(max(number), 0) FROM row").fetchone()
             number = int(last)
+            sys.stdout.write("open\n")
+            sys.stdout.flush()
             while not stopping:
                 number += 1
                 payload = os.urandom(low + number * 7919 % (high - low))

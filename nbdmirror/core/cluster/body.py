@@ -70,6 +70,7 @@ class Body(_Part):
     candidate: _Node = 0
     swap_to: _Node = 0
     deposed: bool = False
+    stop_both: bool = False
     service: _Short = "down"
     data_state: _Short = ""
     config: _Id = ""
@@ -135,5 +136,6 @@ def peer_of(body: Body | None, *, heard: bool) -> Peer:
         candidate=body.candidate,
         swap_to=body.swap_to,
         deposed=body.deposed,
+        stop_both=body.stop_both,
         service=body.service,
     )

@@ -273,6 +273,12 @@ TABLE: Final[tuple[Row, ...]] = (
         lambda v: f"stopping: {v.stop_reason}",
     ),
     Row(
+        "stop, the peer first",
+        lambda v: not v.wanted and v.stop_both and is_primary(v) and v.peer.heard
+        and (v.peer.wanted or v.peer.engine),
+        Step.NOTHING, lambda v: f"stopping: waiting until {v.settings.peer_name} has stopped",
+    ),
+    Row(
         "stop engine", lambda v: not v.wanted and v.engine is not None, Step.STOP_ENGINE,
         lambda v: f"stopping: {v.stop_reason}",
     ),

@@ -116,6 +116,7 @@ class Peer:
     candidate: int = 0
     swap_to: int = 0
     deposed: bool = False
+    stop_both: bool = False
     service: str = Service.DOWN
 
 
@@ -136,14 +137,16 @@ class Settings:
 class View:
     """One moment. `order` is what is being carried out, `order_from` who asked for it and why.
 
-    `wanted`: the operator wants this node up. `held_back`: why it may not be primary now, "" if it
-    may. `engine_given_up`: why no engine is started any more. `spoken`: the words of leaving for
+    `wanted`: the operator wants this node up. `stop_both`: the peer is to stop first, once nothing
+    is written here any more, so that both copies end equal. `held_back`: why it may not be primary
+    now, "" if it may. `engine_given_up`: why no engine is started any more. `spoken`: the words of leaving for
     the engine that died were tried. `asked_peer`: the peer was asked to leave in this freeze.
     """
 
     settings: Settings
     wanted: bool = True
     stop_reason: str = ""
+    stop_both: bool = False
     engine: Engine | None = None
     engine_given_up: str = ""
     died_serving: bool = False
