@@ -1,19 +1,21 @@
-"""A client of an engine's control socket: JSON lines over a Unix socket.
+"""A client of a control socket, an engine's or a controller's: JSON lines over a Unix socket.
 
-Owns: one connection, its time limit, and the mapping of the engine's errors to ours. Must never:
+Owns: one connection, its time limit, and the mapping of the server's errors to ours. Must never:
 repeat a command by itself (it may have been carried out), trust a length or a field of the answer,
 or know who is asking.
 
 A request is `{"id": n, "command": ..., "instance": hex|null, "epoch": n|null, "args": {...}}`. The
 answer is `{"id": n, "ok": {...}}` or `{"id": n, "error": {"kind", "reason", "remedy"}}`. `instance`
 and `epoch` name the engine and the role that the command was decided under: the engine refuses what
-is older. `events` is answered with lines `{"id": n, "event": {...}}`, as they happen.
+is older; a controller needs neither. `events` is answered with lines `{"id": n, "event": {...}}`,
+as they happen.
 """
 
 import json
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -35,15 +37,33 @@ KINDS: Final[dict[str, type[NbdMirrorError]]] = {
 }
 
 
-class ControlClient:
-    """One connection to an engine; a context manager. Not for use by several threads at once.
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """Who is expected at a socket, for messages: its name, and the command that starts it."""
 
-    `timeout_s` bounds every call as a whole, from the first byte sent to the last one received.
+    name: str
+    start: str
+
+
+ENGINE: Final = Listener("engine", "nbdmirror engine run")
+
+
+class ControlClient:
+    """One connection to an engine or a controller; a context manager.
+
+    Not for use by several threads at once. `timeout_s` bounds every call as a whole, from the first
+    byte sent to the last one received. `listener` is who should answer at `path`.
     """
 
-    def __init__(self, path: Path, timeout_s: float = CONTROL_ANSWER_TIMEOUT_MS / 1000) -> None:
+    def __init__(
+        self,
+        path: Path,
+        timeout_s: float = CONTROL_ANSWER_TIMEOUT_MS / 1000,
+        listener: Listener = ENGINE,
+    ) -> None:
         self.path = path
         self.timeout_s = timeout_s
+        self.listener = listener
         self._socket: socket.socket | None = None
         self._received = bytearray()
         self._id = 0
@@ -74,14 +94,14 @@ class ControlClient:
         epoch: int | None = None,
         **args: object,
     ) -> dict[str, Any]:
-        """Send one command and return what the engine answers under "ok".
+        """Send one command and return what is answered under "ok".
 
         Raises:
-            UnreachableError: no engine, no answer in time, or an answer that is none. Whether the
-                command was carried out is then unknown: ask for the state.
-            RefusedError: the engine refuses; the text says why and what would help.
+            UnreachableError: nobody there, no answer in time, or an answer that is none. Whether
+                the command was carried out is then unknown: ask for the state.
+            RefusedError: it is refused; the text says why and what would help.
             StaleCommandError: decided under another engine instance or role epoch.
-            NbdMirrorError: another kind that the engine names.
+            NbdMirrorError: another kind that the answer names.
         """
         deadline = time.monotonic() + self.timeout_s
         try:
@@ -97,18 +117,22 @@ class ControlClient:
         result = answer["ok"]
         return result if isinstance(result, dict) else {}
 
-    def events(self, *, since: int = 0, timeout_s: float | None = None) -> Iterator[dict[str, Any]]:
-        """The events that the engine remembers after number `since`, then those that happen.
+    def events(
+        self, *, since: int = 0, timeout_s: float | None = None, follow: bool = True
+    ) -> Iterator[dict[str, Any]]:
+        """The events that are remembered after number `since`, then those that happen.
 
-        Ends when the engine ends the connection. `timeout_s` bounds the wait for each event; None
-        waits as long as the engine lives. The connection is of no use for calls meanwhile.
+        Ends when the other side ends the connection, and without `follow` after what is remembered.
+        `timeout_s` bounds the wait for each event; None waits as long as the other side lives. The
+        connection is of no use for calls meanwhile.
 
         Raises:
             UnreachableError, RefusedError: as call().
         """
         try:
             deadline = time.monotonic() + self.timeout_s
-            self._send("events", None, None, {"since": since}, deadline)
+            args = {"since": since} if follow else {"since": since, "follow": False}
+            self._send("events", None, None, args, deadline)
             while True:
                 wait = None if timeout_s is None else time.monotonic() + timeout_s
                 line = self._answer(wait, may_end=True)
@@ -185,8 +209,8 @@ class ControlClient:
                 if may_end and not self._received:
                     return {}
                 raise ConnectionResetError(
-                    "it closed the connection without an answer (only root and the engine's "
-                    "own user may ask, and only some at a time)"
+                    "it closed the connection without an answer (only root and the "
+                    f"{self.listener.name}'s own user may ask, and only some at a time)"
                 )
             self._received += piece
         line = bytes(self._received[:end])
@@ -200,15 +224,17 @@ class ControlClient:
         return decoded
 
     def _nonsense(self, what: str) -> UnreachableError:
-        return UnreachableError(f"{what}: this is not the control socket of an engine")
+        who = self.listener.name
+        return UnreachableError(f"{what}: this is not the control socket of the {who}")
 
     def _unreachable(self, error: Exception, command: str) -> UnreachableError:
         if isinstance(error, FileNotFoundError | ConnectionRefusedError):
-            why = "no engine is running here (start it with `nbdmirror engine run`)"
+            who = self.listener
+            why = f"no {who.name} is running here (start it with `{who.start}`)"
         elif isinstance(error, TimeoutError):
             why = f"no answer within {self.timeout_s:g} s; what became of {command} is unknown"
         elif isinstance(error, PermissionError):
-            why = "this user may not command the engine; ask as root"
+            why = f"this user may not command the {self.listener.name}; ask as root"
         else:
             why = str(error)
         return UnreachableError(f"{self.path}: {why}")

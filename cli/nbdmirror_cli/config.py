@@ -1,10 +1,13 @@
 """`nbdmirror config`: check and show a configuration."""
 
-from typing import Any
+import json
+import re
+from pathlib import Path
+from typing import Any, Final
 
 import click
 
-from nbdmirror.config import Config, format_size
+from nbdmirror.config import KEYS, Address, Config, format_size
 from nbdmirror.errors import ConfigError
 from nbdmirror_cli.options import Source, config_options, error_facts, json_option, print_json
 from nbdmirror_cli.view import no_promise_c, print_table
@@ -61,45 +64,77 @@ def show(source: Source, *, as_json: bool) -> None:
     print_table(f"mirror {facts['mirror']}", list(flat(facts)))
 
 
+# These keys of a table are sizes, and shown as the file has them.
+_SIZES: Final = frozenset({"flush_bytes", "resync_rate", "extent", "region", "free_min"})
+
+
 def config_facts(config: Config) -> dict[str, Any]:
     """What is in force on this node, under the names of the file."""
-    sizes = {
-        name: format_size(getattr(config.engine, name)) for name in ("flush_bytes", "resync_rate")
-    }
     return {
         "mirror": config.mirror,
         "key_file": str(config.key_file),
         "arbiter": config.arbiter.name.lower(),
+        "takeover": config.takeover,
+        "preferred": config.preferred,
         "me": config.me.name,
         "node": {
             node.name: {
                 "id": node.id,
                 "address": str(node.address),
+                "heartbeats": [str(each) for each in node.heartbeats],
                 "data_dir": str(node.data_dir),
                 "run_dir": str(node.run_dir),
             }
             for node in (config.me, config.peer)
         },
-        "device": {
-            "extent": format_size(config.device.extent),
-            "region": format_size(config.device.region),
-        },
-        "engine": {**config.engine.model_dump(), **sizes},
+        "device": _table(config.device.model_dump()),
+        "engine": _table(config.engine.model_dump()),
         "export": {
             "unix": str(config.export_unix),
             "tcp": str(config.export_tcp) if config.export_tcp else None,
         },
+        "ping": _table(dict(config.ping)),
+        "controller": _table(dict(config.controller)),
+        "probe": {"address": str(config.probe) if config.probe else None},
+        "mount": _table(dict(config.mount)),
+        "application": _table(dict(config.application)),
+        "virtual_address": [_table(dict(each)) for each in config.virtual_addresses],
+        "checker": [_checker(dict(each)) for each in config.checkers],
+    }
+
+
+def _table(section: dict[str, Any]) -> dict[str, Any]:
+    return {key: _value(key, value) for key, value in section.items()}
+
+
+def _value(key: str, value: Any) -> Any:
+    """As the file has it."""
+    if isinstance(value, Address | Path):
+        return str(value)
+    return format_size(value) if key in _SIZES else value
+
+
+def _checker(section: dict[str, Any]) -> dict[str, Any]:
+    """Without the keys that belong to other kinds: the meaning of such a key begins with one."""
+    kinds = set(re.findall(r'"(\w+)"', KEYS["checker.kind"].expected)) - {section["kind"]}
+    return {
+        key: value
+        for key, value in _table(section).items()
+        if KEYS[f"checker.{key}"].meaning.partition(":")[0] not in kinds
     }
 
 
 def flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Rows of (dotted key, text)."""
+    """Rows of (dotted key, text); several tables of one name have numbers."""
     rows: list[tuple[str, str]] = []
     for key, value in facts.items():
         if isinstance(value, dict):
             rows += flat(value, f"{prefix}{key}.")
-        elif isinstance(value, bool):
-            rows.append((f"{prefix}{key}", str(value).lower()))  # as the file has it
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for number, each in enumerate(value, 1):
+                rows += flat(each, f"{prefix}{key}[{number}].")
+        elif isinstance(value, bool | list):
+            rows.append((f"{prefix}{key}", json.dumps(value)))  # as the file has it
         else:
             rows.append((f"{prefix}{key}", "-" if value is None else str(value)))
     return rows

@@ -1,7 +1,7 @@
 """The entry point `nbdmirror`: the groups of commands, and the one map from errors to exit codes.
 
 Exit codes: 0 done; 2 wrong usage; 10 to 23 the `exit_code` of the error class in
-nbdmirror/errors.py; 130 interrupted.
+nbdmirror/errors.py; 130 interrupted. `status --quiet` and `doctor` have codes of their own.
 """
 
 import json
@@ -13,7 +13,10 @@ import click
 
 from nbdmirror import __version__
 from nbdmirror.errors import NbdMirrorError
+from nbdmirror_cli.cluster import COMMANDS
+from nbdmirror_cli.completion import completion
 from nbdmirror_cli.config import config_group
+from nbdmirror_cli.doctor import doctor
 from nbdmirror_cli.engine import engine_group
 from nbdmirror_cli.metadata import metadata_group
 from nbdmirror_cli.options import error_facts
@@ -36,6 +39,13 @@ def nbdmirror() -> None:
       nbdmirror engine run -m demo                              (on both)
       nbdmirror engine promote -m demo                          (on one)
 
+    \b
+    Where a controller runs (nbdmirrord), it does that and more; `engine` is then for emergencies:
+      nbdmirror status -m demo         what this node is, and whether it is ready
+      nbdmirror explain -m demo        why, and what to type
+      nbdmirror swap -m demo           exchange the roles
+      nbdmirror doctor                 what this machine lacks
+
     Every command finds its mirror by -m NAME (/etc/nbdmirror/NAME.toml) or -c FILE; without
     either, the only file in /etc/nbdmirror is taken.
     """
@@ -44,6 +54,8 @@ def nbdmirror() -> None:
 nbdmirror.add_command(config_group)
 nbdmirror.add_command(metadata_group)
 nbdmirror.add_command(engine_group)
+for _command in (*COMMANDS, doctor, completion):
+    nbdmirror.add_command(_command)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -40,17 +40,43 @@ class Source:
         return f"-c {shlex.quote(str(self.path))}"
 
 
-def config_options(command: _Command) -> _Command:
-    """Add -m, -c and --node; the command gets `source`."""
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the options and variables name; nothing is looked up before it is asked for."""
 
-    def collect(context: click.Context, _: click.Parameter, node: str | None) -> Source:
+    path: Path | None
+    mirror: str | None
+    node: str | None
+
+    @property
+    def named(self) -> bool:
+        """Whether a mirror was named at all."""
+        return self.path is not None or self.mirror is not None
+
+    def source(self) -> Source:
+        """The configuration that is meant. Raises ConfigError, UsageError."""
+        return Source(find_config(self.path, self.mirror), self.node)
+
+
+def config_options(command: _Command) -> _Command:
+    """Add -m, -c and --node; the command gets `source`, and does not run without one."""
+    return _mirror_options(command, "source", Wanted.source)
+
+
+def late_config_options(command: _Command) -> _Command:
+    """The same options; the command gets `wanted`, and looks the configuration up itself."""
+    return _mirror_options(command, "wanted", lambda wanted: wanted)
+
+
+def _mirror_options(command: _Command, name: str, made: Callable[[Wanted], object]) -> _Command:
+    def collect(context: click.Context, _: click.Parameter, node: str | None) -> object:
         path, mirror = context.params.pop("config_file"), context.params.pop("mirror")
-        return Source(find_config(path, mirror), node)
+        return made(Wanted(path, mirror, node))
 
     for option in (
         click.option(
             "--node",
-            "source",
+            name,
             metavar="NAME",
             envvar=NODE_VARIABLE,
             callback=collect,
@@ -61,6 +87,7 @@ def config_options(command: _Command) -> _Command:
             "--mirror",
             metavar="NAME",
             is_eager=True,
+            shell_complete=_mirrors,
             help="Use /etc/nbdmirror/NAME.toml; goes before -c.",
         ),
         click.option(
@@ -76,6 +103,12 @@ def config_options(command: _Command) -> _Command:
     ):
         command = option(command)
     return command
+
+
+def _mirrors(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:
+    """For completion: the mirrors of this server."""
+    names = sorted(each.stem for each in CONFIG_DIRECTORY.glob("*.toml"))
+    return [each for each in names if each.startswith(begun)]
 
 
 def find_config(path: Path | None, mirror: str | None) -> Path:
@@ -108,7 +141,7 @@ REMEDIES: Final = {
     "ConfigError": "mend the configuration; `nbdmirror config check` lists every mistake",
     "MetadataError": "`nbdmirror metadata check` says what is damaged and what that means",
     "StaleCommandError": "look at `nbdmirror engine state` and decide again",
-    "UnreachableError": "start the engine with `nbdmirror engine run`, or ask again",
+    "UnreachableError": "start what is not running (the reason says how), or ask again",
 }
 
 
