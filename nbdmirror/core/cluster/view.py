@@ -139,8 +139,9 @@ class View:
 
     `wanted`: the operator wants this node up. `stop_both`: the peer is to stop first, once nothing
     is written here any more, so that both copies end equal. `held_back`: why it may not be primary
-    now, "" if it may. `engine_given_up`: why no engine is started any more. `spoken`: the words of leaving for
-    the engine that died were tried. `asked_peer`: the peer was asked to leave in this freeze.
+    now, "" if it may. `engine_given_up`: why no engine is started any more. `spoken`: the words of
+    leaving for the engine that died were tried. `asked_peer`: the peer was asked to leave in this
+    freeze.
     """
 
     settings: Settings
