@@ -16,6 +16,7 @@ from nbdmirror.errors import NbdMirrorError
 from nbdmirror_cli.cluster import COMMANDS
 from nbdmirror_cli.completion import completion
 from nbdmirror_cli.config import config_group
+from nbdmirror_cli.create import create, invite, join
 from nbdmirror_cli.doctor import doctor
 from nbdmirror_cli.engine import engine_group
 from nbdmirror_cli.metadata import metadata_group
@@ -51,6 +52,8 @@ def nbdmirror() -> None:
     """
 
 
+for _command in (create, invite, join):
+    nbdmirror.add_command(_command)
 nbdmirror.add_command(config_group)
 nbdmirror.add_command(metadata_group)
 nbdmirror.add_command(engine_group)
