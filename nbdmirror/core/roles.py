@@ -7,12 +7,12 @@ is decided elsewhere; what the metadata forbids is refused here (rules 9 to 14).
 
 from dataclasses import replace
 
+from nbdmirror.core.claims import claim_now, claimed_edit
 from nbdmirror.core.decide import promotable
-from nbdmirror.core.durable import NO_GENERATION, add_base
+from nbdmirror.core.durable import NO_GENERATION
 from nbdmirror.core.io import flush_pair
 from nbdmirror.core.leave import Word, ask_to_leave, leave_by_word, left_by_word, would_stay
 from nbdmirror.core.messages import Role as RoleMessage
-from nbdmirror.core.negotiate import claim_unsettled
 from nbdmirror.core.node import OWN_CHANGES, STEP_BACK, Node, Role
 from nbdmirror.core.ports import Path
 from nbdmirror.core.session import Phase, Session
@@ -21,7 +21,6 @@ from nbdmirror.core.superblock import (
     Flags,
     PendingKind,
     Superblock,
-    advance_generation,
 )
 from nbdmirror.core.view import node_view, state_message
 from nbdmirror.errors import NbdMirrorError, RefusedError, StaleCommandError
@@ -171,21 +170,6 @@ def become_primary(node: Node, changes: dict[str, object], claim: bytes = NO_GEN
     node.take_role(Role.PRIMARY)
 
 
-def claimed_edit(sb: Superblock, claim: bytes, record: bytes = NO_GENERATION) -> Superblock:
-    """Reserve `claim`. What becomes of a pending joint generation J is up to the record.
-
-    Where the record holds J (or there is no record) the peer may have taken it: J was mine already
-    and becomes current. Where it does not, part (b) never happened, so nobody has J: it is
-    forgotten. Either way `base` names what the peer may be found with.
-    """
-    if sb.pending_kind is PendingKind.JOINT:
-        joint = sb.pending
-        base = add_base(sb.base, sb.generation, joint)
-        taken = record in (joint, NO_GENERATION)
-        sb = replace(advance_generation(sb, joint) if taken else sb, base=base)
-    return replace(sb, pending=claim, pending_kind=PendingKind.CLAIM)
-
-
 def demote(node: Node) -> Path:
     """Stop serving: close the gate, let what is in flight end, flush, keep the session."""
     return (yield from exclusively(node, "demote", demote_now(node)))
@@ -285,80 +269,6 @@ def claim(node: Node, record: bytes = NO_GENERATION) -> Path:
         RefusedError: the peer is connected, or this node may not act alone at all.
     """
     return (yield from exclusively(node, "claim", claim_now(node, record)))
-
-
-def claim_now(node: Node, record: bytes) -> Path:
-    """The body of claim."""
-    require_claimable(node, record)
-    if node.session is not None and node.session.phase is Phase.SYNCED:
-        raise RefusedError("claim: the peer is connected and in sync; nothing to claim")
-    if node.failed:
-        raise RefusedError(f"claim: this node's disk failed: {node.failed}")
-    if node.session is not None:
-        node.lose_session(node.session, "a claim begins")
-    if not node.right and node.role is not Role.PRIMARY:
-        state = state_message(node)
-        view = node_view(state, node.sb.mirror_id, node.sb.node_id)
-        refusal = promotable(view, False, node.arbiter_has_memory)
-        if refusal is not None:
-            raise RefusedError(f"claim: {refusal.reason}")
-    node.last_session = None
-    yield from node.quiesce()
-    yield from node.sync()
-    holds = record_may_hold(node)
-    if node.right:
-        held = node.sb.pending if any(node.sb.pending) else node.sb.generation
-        return {"generation": held, "record_holds": holds}
-    fresh = node.shell.random_bytes(16)
-    if not claim_unsettled(node):
-
-        def reserve(sb: Superblock) -> Superblock:
-            require_uptodate(sb, "claim")
-            return claimed_edit(sb, fresh, record)
-
-        yield from node.change(reserve)
-    return {"generation": node.sb.pending, "record_holds": holds}
-
-
-def require_claimable(node: Node, record: bytes) -> None:
-    """Nothing is stored for a claim that the record already answers with no.
-
-    A record that moved on may have moved on *from* a pending joint generation: forgetting that one
-    would make the peer's line look like a split brain.
-
-    Raises:
-        RefusedError: the record was not read, or names what this node may not claim from. Whoever
-            commands takes it for a lost claim.
-    """
-    if not node.arbiter_has_memory or node.right:
-        return
-    if record == NO_GENERATION:
-        raise RefusedError("claim: say what the record holds: it is read before a claim")
-    if record not in (*record_may_hold(node), node.sb.pending):
-        raise RefusedError(
-            f"claim: lost already: the record names {record.hex()}, from which this node may not "
-            "go on; demote it and let it meet its peer"
-        )
-
-
-def require_uptodate(sb: Superblock, what: str) -> None:
-    """Rule 14, asked again at the moment of storing: a store under way may have changed it.
-
-    Raises:
-        RefusedError: this copy became a target meanwhile.
-    """
-    if sb.data_state is not DataState.UPTODATE:
-        raise RefusedError(f"{what}: this node became {sb.data_state.name.lower()} meanwhile")
-
-
-def record_may_hold(node: Node) -> list[bytes]:
-    """The generations from which this node may claim (rule 11)."""
-    holds = [node.sb.generation]
-    if node.sb.pending_kind is PendingKind.JOINT:
-        holds.append(node.sb.pending)
-    if node.sb.flags & Flags.PEER_OUTDATED:
-        holds.extend(node.sb.base)
-    return holds
 
 
 def claimed(node: Node, generation: bytes, *, won: bool) -> Path:

@@ -91,7 +91,7 @@ RIGHTS: Final = (
     Mutant(
         "claim-without-flush", 10,
         "(flushfirst) the same before a claim at the arbiter",
-        core("roles",
+        core("claims",
              "    yield from node.sync()\n    holds = record_may_hold(node)\n",
              "    holds = record_may_hold(node)\n"),
         arbiters=("memory",), sequences=("claim_flushes_first",), quick=True,
