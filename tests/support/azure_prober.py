@@ -8,10 +8,13 @@ within an interval. Documented ("Azure Load Balancer health probes", state of 20
   of the interval and 30 s (31 s in older versions of the page);
 - one success makes a backend healthy; a backend that never had one is not in use.
 
-Documented elsewhere (`probeThreshold`, and the template of the product we follow: every 5 s x 2):
-so many failures in a row take a backend out; 2 here. Assumed, as no page says it: a new connection
-for each probe, HTTP/1.1 with `Connection: Keep-Alive` and the agent's name below, and intervals
-counted from start to start. Not copied: the longer wait after a state that changes too often.
+The reference of the resource has another word: `probeThreshold` failures in a row take a backend
+out, and as many successes bring it back. Which of the two holds is left open: 2 failures (so does
+the template of the product that we follow: every 5 s x 2) and 1 success here, unless told.
+
+Assumed, as no page says it: a new connection for each probe, HTTP/1.1 with `Connection: Keep-Alive`
+and the agent's name below, and intervals counted from start to start. Not copied: the longer wait
+after a state that changes too often.
 """
 
 import asyncio
@@ -23,6 +26,7 @@ from nbdmirror.config_fields import Address
 INTERVAL_S = 5.0
 TIMEOUT_S_MAX = 30.0
 FALL_COUNT = 2
+RISE_COUNT = 1
 HEAD_BYTES_MAX = 16_384
 REQUEST = (
     "GET {path} HTTP/1.1\r\nHost: {address}\r\n"
@@ -34,8 +38,8 @@ State = Literal["healthy", "unhealthy"]
 class AzureProber:
     """Probes `path` at `address` from start() (or `async with`) to close().
 
-    `interval_s`, `timeout_s`: for tests that cannot wait; by default those of Azure. `fall_count`:
-    failures in a row that make a healthy backend unhealthy.
+    `interval_s`, `timeout_s`: for tests that cannot wait; by default those of Azure. `fall_count`,
+    `rise_count`: failures and successes in a row that change the state.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class AzureProber:
         interval_s: float = INTERVAL_S,
         timeout_s: float | None = None,
         fall_count: int = FALL_COUNT,
+        rise_count: int = RISE_COUNT,
     ) -> None:
         self.state: State = "unhealthy"
         self.outcomes: deque[str] = deque(maxlen=32)  # the latest last; "200" is the only success
@@ -54,7 +59,8 @@ class AzureProber:
         self._interval_s = interval_s
         self._timeout_s = min(interval_s, TIMEOUT_S_MAX) if timeout_s is None else timeout_s
         self._fall_count = fall_count
-        self._failures_count = 0
+        self._rise_count = rise_count
+        self._run_count = 0  # how many in a row were as the last one
         self._changed = asyncio.Condition()
         self._closing = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -122,10 +128,12 @@ class AzureProber:
 
     async def _count(self, outcome: str) -> None:
         async with self._changed:
+            success = outcome == "200"
+            as_before = bool(self.outcomes) and (self.outcomes[-1] == "200") == success
+            self._run_count = self._run_count + 1 if as_before else 1
             self.outcomes.append(outcome)
-            self._failures_count = 0 if outcome == "200" else self._failures_count + 1
-            if not self._failures_count:
+            if success and self._run_count >= self._rise_count:
                 self.state = "healthy"
-            elif self._failures_count >= self._fall_count:
+            elif not success and self._run_count >= self._fall_count:
                 self.state = "unhealthy"
             self._changed.notify_all()
