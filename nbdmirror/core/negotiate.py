@@ -323,7 +323,13 @@ def settle_settings(node: Node, theirs: State) -> None:
 
 
 def source(node: Node, session: Session, decision: Decision, theirs: State) -> Path:
-    """The side whose data counts: union, copy, joint step."""
+    """The side whose data counts: union, copy, joint step.
+
+    From the first bit that is cleared the map is about this peer and no other, so it is known
+    before (rule 20), and not only when the joint step is done.
+    """
+    yield from node.change(while_live(session, knows(session.peer.node_uuid)))
+    require_live(session)
     copying = decision.kind in COPIES
     if copying:
         full = decision.kind is DecisionKind.COPY_FULL
@@ -453,6 +459,11 @@ def while_live(
         return edit(sb)
 
     return checked
+
+
+def knows(peer_uuid: bytes) -> Callable[[Superblock], Superblock]:
+    """The edit that makes a machine the peer of this mirror: another one is refused after it."""
+    return lambda sb: replace(sb, peer_uuid=peer_uuid)
 
 
 def inconsistent(sb: Superblock) -> Superblock:

@@ -500,7 +500,7 @@ class Node(Durable):
     ) -> Callable[[Superblock], Superblock]:
         """The edit that takes a joint generation: up to date, nothing pending, nothing behind.
 
-        From here on the mirror knows its peer: another identity is refused (rule 20).
+        The mirror knows its peer: another identity is refused (rule 20).
         """
 
         def edit(sb: Superblock) -> Superblock:

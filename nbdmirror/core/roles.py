@@ -347,7 +347,21 @@ def accept_peer(node: Node) -> Path:
 
 
 def accept_peer_now(node: Node) -> Path:
-    """The body of accept_peer. The log's own memory of the peer's number goes first."""
+    """The body of accept_peer. What was known of the old peer's copy goes before its identity.
+
+    The next one may have none of it: everything is dirty, durably, and a generation that the old
+    peer may hold is not this node's own any more. The session ends first, so that no copy made in
+    it clears a bit. The log's own memory of the peer's number goes before the superblock's.
+    """
+    session = node.session
+    if session is not None:
+        node.lose_session(session, "another peer is to be taken", ask=False)
+    node.last_session = None
+    node.pending_clear.clear()
+    node.dirty.mark_all(suspect=True)
+    yield from node.save_pages(node.dirty.unsaved_pages())
+    if node.right:
+        yield from node.begin_generation()
     node.log.peer_txn = 0
     node.log.version += 1
     yield from node.commit(node.log.version)

@@ -85,6 +85,8 @@ class Copies:
         decision = decide(*views)
         if decision.kind in NO_MAP_NEEDED or self._being_resynced():
             return
+        if strangers(*nodes) or strangers(*reversed(nodes)):
+            return
         if decision.row == "target is primary":
             return
         self.fail(f"C3: blocks {bare[:8]} differ, nobody knows; contact would be {decision.row}")
@@ -103,6 +105,11 @@ class Copies:
             node = Node(shell, shell, shell, host.judge(), Settings(), bytes(16))
             known = self._dead_covers[host.index] = (host.meta.version, node)
         return known[1]
+
+
+def strangers(mine: Node, theirs: Node) -> bool:
+    """Whether one refuses the other (rule 20): nothing is compared until an operator accepts it."""
+    return mine.sb.peer_uuid not in (bytes(16), theirs.sb.node_uuid)
 
 
 def is_quiet(host: Host) -> bool:

@@ -8,6 +8,7 @@ from typing import Final
 from tests.sim import sequences_crashes as crashes
 from tests.sim import sequences_disk as disk
 from tests.sim import sequences_holes as holes
+from tests.sim import sequences_machines as machines
 from tests.sim import sequences_mutants as shown
 from tests.sim.sequences_scene import Scene
 
@@ -67,6 +68,8 @@ SEQUENCES: Final = {
         shown.failed_flush_at_the_stop_is_recorded, shown.page_of_the_map_in_the_cache_only,
         shown.flush_does_not_cover_a_write_under_way, shown.replay_cut_off,
         shown.joint_step_broken_off_often, shown.joint_generation_in_the_cache_only,
+        machines.old_peer_after_its_replacement, machines.old_peer_with_the_same_generation,
+        machines.old_peer_with_its_page_cache, machines.another_peer_in_a_session,
     ),
     **_named(
         "memory",

@@ -2,10 +2,26 @@
 
 import pytest
 
-from tests.sim import sequences_crashes, sequences_disk, sequences_holes, sequences_mutants
+from tests.sim import (
+    sequences_crashes,
+    sequences_disk,
+    sequences_holes,
+    sequences_machines,
+    sequences_mutants,
+)
 from tests.sim.sequences import SEQUENCES, play
 
-HELPERS = {"begin_resync", "until_target_took", "both_kept", "is_told", "returns"}
+HELPERS = {
+    "begin_resync", "until_target_took", "both_kept", "is_told", "returns",
+    "images", "put", "replaced", "old_one_is_back",
+}  # fmt: skip
+MODULES = (
+    sequences_crashes,
+    sequences_disk,
+    sequences_holes,
+    sequences_machines,
+    sequences_mutants,
+)
 
 
 @pytest.mark.parametrize("name", SEQUENCES)
@@ -21,7 +37,7 @@ def test_every_sequence_is_played() -> None:
     """If it fails, a sequence was written that no test plays, so what it guards is not guarded."""
     written = {
         name
-        for module in (sequences_crashes, sequences_disk, sequences_holes, sequences_mutants)
+        for module in MODULES
         for name, value in vars(module).items()
         if callable(value) and getattr(value, "__module__", "") == module.__name__
     }

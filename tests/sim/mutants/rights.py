@@ -1,5 +1,6 @@
-"""Mutants of the rules about the right to acknowledge and about leaving: 9 to 12, 14, 16, 19, and
-of the decision at contact. Every rule of the model (tests/model) that can be taken away is here.
+"""Mutants of the rules about the right to acknowledge and about leaving: 9 to 12, 14, 16, 19, 20,
+and of the decision at contact. Every rule of the model (tests/model) that can be taken away is
+here.
 """
 
 from typing import Final
@@ -7,6 +8,39 @@ from typing import Final
 from tests.sim.mutants.mutant import Edit, Mutant, core
 
 RIGHTS: Final = (
+    # --- 20: who the peer is ---------------------------------------------------------------------
+    Mutant(
+        "peer-known-when-joined", 20,
+        "a map that was cleared for one machine is believed of another one that comes instead",
+        core("negotiate",
+             "    yield from node.change(while_live(session, knows(session.peer.node_uuid)))\n",
+             ""),
+        sequences=("old_peer_after_its_replacement",), quick=True,
+    ),
+    Mutant(
+        "accepted-by-the-old-map", 20,
+        "a peer that an operator accepted is compared with the map of the one before it",
+        core("roles",
+             "    node.dirty.mark_all(suspect=True)\n"
+             "    yield from node.save_pages(node.dirty.unsaved_pages())\n    if node.right:\n",
+             "    if node.right:\n"),
+        sequences=("old_peer_after_its_replacement",),
+    ),
+    Mutant(
+        "accepted-in-a-session", 20,
+        "copies made to the peer of the session clear bits that were set for the accepted one",
+        core("roles",
+             "        node.lose_session(session, \"another peer is to be taken\", ask=False)\n",
+             "        pass\n"),
+        sequences=("another_peer_in_a_session",),
+    ),
+    Mutant(
+        "accepted-on-the-old-line", 20,
+        "the old peer returns, holds the same generation and a page cache, and leads",
+        core("roles",
+             "    if node.right:\n        yield from node.begin_generation()\n", ""),
+        sequences=("old_peer_with_its_page_cache",),
+    ),
     # --- 9: the joint step -----------------------------------------------------------------------
     Mutant(
         "joint-keeps-right", 9,
