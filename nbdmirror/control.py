@@ -11,11 +11,8 @@ false}} Reply:    {"id": 1, "ok": {...}}  or  {"id": 1, "error": {"kind": "...",
 """
 
 import asyncio
-import contextlib
 import json
 import os
-import socket
-import struct
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,6 +27,7 @@ from nbdmirror.driver import Driver, Pool
 from nbdmirror.errors import NbdMirrorError, RefusedError, StaleCommandError
 from nbdmirror.events import EventLog
 from nbdmirror.files import path_error, remove_socket, require_socket_path
+from nbdmirror.jsonlines import described, may_command, parse
 from nbdmirror.limits import COMMAND_TIMEOUT_MS, RELAY_BYTES_MAX
 
 LINE_BYTES_MAX: Final = 1024 * 1024
@@ -38,7 +36,6 @@ CROWDED_MAX: Final = 64
 CROWDED_S: Final = 5.0
 EVENT_POLL_S: Final = 0.05
 EXIT_AFTER_REPLY_S: Final = 0.05
-PEERCRED = struct.Struct("3i")
 SOCKET_MODE: Final = 0o600
 Arguments: TypeAlias = dict[str, Any]
 Guard: TypeAlias = Callable[[ports.Path], ports.Path]
@@ -399,38 +396,6 @@ def at_once(function: Callable[..., Any], *arguments: Any) -> ports.Path:
     """A plain function of the core, as a path of one step."""
     yield from ()
     return function(*arguments)
-
-
-def may_command(writer: asyncio.StreamWriter) -> bool:
-    """Only root and the user the engine runs as, by the kernel's word, not the file mode."""
-    sock: socket.socket = writer.get_extra_info("socket")
-    with contextlib.suppress(OSError):
-        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEERCRED.size)
-        _, uid, _ = PEERCRED.unpack(credentials)
-        return uid in (0, os.geteuid())
-    return False
-
-
-def described(kind: str, reason: str, exit_code: int) -> dict[str, Any]:
-    """The `error` member of an answer."""
-    return {"kind": kind, "reason": reason, "remedy": "", "exit_code": exit_code}
-
-
-def parse(line: bytes) -> dict[str, Any]:
-    """One request.
-
-    Raises:
-        RefusedError: not a JSON object with a command.
-    """
-    try:
-        request = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise RefusedError(f"not a line of JSON: {error}") from None
-    if not isinstance(request, dict) or not isinstance(request.get("command"), str):
-        raise RefusedError('a request is {"id": ..., "command": "...", "args": {...}}')
-    if not isinstance(request.get("args") or {}, dict):
-        raise RefusedError("args has to be an object")
-    return request
 
 
 def generation_of(args: dict[str, Any]) -> bytes:

@@ -13,6 +13,7 @@ NBDMIRROR_PACKAGES=(
     fuse3 kmod util-linux e2fsprogs xfsprogs         # attach, mount, loop devices
     qemu-utils qemu-system-common fio                # clients and loads that we did not write
     iproute2 iputils-ping nftables                   # hosts and cuts on one machine
+    haproxy                                          # a load balancer that asks the probe
     procps strace sqlite3                            # faults, and an application to mirror
     user-mode-linux                                  # a kernel of its own, for the OOM killer
 )

@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
 
-from nbdmirror.control import described, may_command, parse
 from nbdmirror.controller.conductor import Conductor
 from nbdmirror.controller.reload import plan_of
 from nbdmirror.controller.status import status_of
@@ -22,6 +21,7 @@ from nbdmirror.core.cluster import policy
 from nbdmirror.core.cluster.view import OrderKind, Service
 from nbdmirror.errors import NbdMirrorError, RefusedError
 from nbdmirror.files import path_error, remove_socket, require_socket_path
+from nbdmirror.jsonlines import described, may_command, parse
 from nbdmirror.limits import MIB
 
 LINE_BYTES_MAX: Final = MIB
