@@ -128,14 +128,24 @@ def start(source: Source, limit_s: float | None, *, as_json: bool) -> None:
 
 @click.command("stop")
 @config_options
+@click.option(
+    "--both", is_flag=True, help="Stop both nodes, typed on the primary; the copies end equal."
+)
+@click.option(
+    "--shutdown", is_flag=True, help="Stop only until the controller starts again; for services."
+)
 @wait_options
 @json_option
-def stop(source: Source, limit_s: float | None, *, as_json: bool) -> None:
+def stop(
+    source: Source, limit_s: float | None, *, both: bool, shutdown: bool, as_json: bool
+) -> None:
     """Stop this node: the application, then the engine, which leaves in order.
 
-    If the other node is up to date, it takes over.
+    If the other node is up to date, it takes over. With --both nobody does: first the application
+    of the primary ends, then the other node, then this one.
     """
-    _order(source, Order("stop", _stopped), limit_s, as_json=as_json)
+    args = {"both": both, "shutdown": shutdown}
+    _order(source, Order("stop", _stopped, args), limit_s, as_json=as_json)
 
 
 @click.command("prim")

@@ -155,18 +155,18 @@ class Api:
         c = self._conductor
         c.supervisor.forgive()
         problem = c.orders.start()
-        return said("start: this node shall run", problem)
+        return said("this node shall run", problem)
 
     async def _stop(self, args: Arguments) -> str:
         c = self._conductor
         if args.get("shutdown"):
             c.orders.clear()
             c.orders.shutdown = "the service is being stopped; it starts again with it"
-            return "stop: until the service starts again"
+            return "until the service starts again"
         both = bool(args.get("both")) and self._stops_both()
         problem = c.orders.stop("stopped by an operator")
         c.orders.stop_both = both
-        return said("stop: both nodes stop" if both else "stop: this node stops", problem)
+        return said("both nodes stop" if both else "this node stops", problem)
 
     def _stops_both(self) -> bool:
         """The primary's application first, then the secondary, then the primary: equal copies.
@@ -193,7 +193,7 @@ class Api:
             raise RefusedError(f"prim: {refusal}")
         c.orders.start()
         c.orders.give(OrderKind.PRIM, OPERATOR, force=force)
-        return "prim: this node becomes primary"
+        return "this node becomes primary"
 
     async def _second(self, args: Arguments) -> str:
         c = self._conductor
@@ -204,13 +204,13 @@ class Api:
                 raise RefusedError("second --force: this node serves; `nbdmirror stop`, or `swap`")
             await c.discard()
             c.orders.start()
-            return "second: this copy is blank now and is filled from the other node"
+            return "this copy is blank now and is filled from the other node"
         c.orders.start()
         if primary:
             self._require_swap("second")
             c.orders.swap(v.settings.peer_id, OPERATOR)
-            return f"second: {v.settings.peer_name} takes over"
-        return "second: this node runs, and serves only if it has to"
+            return f"{v.settings.peer_name} takes over"
+        return "this node runs, and serves only if it has to"
 
     async def _swap(self, _args: Arguments) -> str:
         c = self._conductor
@@ -218,12 +218,12 @@ class Api:
         if v.engine is not None and v.engine.primary:
             self._require_swap("swap")
             c.orders.swap(v.settings.peer_id, OPERATOR)
-            return f"swap: {v.settings.peer_name} takes over"
+            return f"{v.settings.peer_name} takes over"
         synced = v.engine is not None and v.engine.synced and v.engine.peer_primary
         if not synced or not policy.promotable(v):
             raise RefusedError(f"swap: this node cannot serve now: {why_not(v)}")
         c.orders.swap(v.settings.node_id, OPERATOR)
-        return f"swap: {v.settings.peer_name} is asked to hand over"
+        return f"{v.settings.peer_name} is asked to hand over"
 
     def _require_swap(self, what: str) -> None:
         v = self._conductor.look_at_everything()
@@ -239,11 +239,11 @@ class Api:
         if v.engine is None or not v.engine.primary:
             raise RefusedError("restart: the application does not run here; see `nbdmirror status`")
         c.orders.give(OrderKind.RESTART, OPERATOR)
-        return "restart: the application is stopped and started"
+        return "the application is stopped and started"
 
     async def _resync(self, _args: Arguments) -> str:
         await self._conductor.engine_command("resync")
-        return "resync: everything is compared with the other node"
+        return "everything is compared with the other node"
 
     async def _switch(self, args: Arguments) -> str:
         name, on = args.get("name"), args.get("on")
@@ -257,14 +257,14 @@ class Api:
         c = self._conductor
         self._require_maintenance("mount")
         await c.service.mount()
-        return "mount: the file system is mounted; the application is not started"
+        return "the file system is mounted; the application is not started"
 
     async def _unmount(self, _args: Arguments) -> str:
         self._require_maintenance("unmount")
         problems = await self._conductor.service.unmount()
         if problems:
             raise RefusedError(f"unmount: {'; '.join(problems)}")
-        return "unmount: the file system is unmounted and the device given up"
+        return "the file system is unmounted and the device given up"
 
     def _require_maintenance(self, what: str) -> None:
         v = self._conductor.look_at_everything()

@@ -207,11 +207,11 @@ class Demo:
 
     def stop(self) -> None:
         """Step 14."""
-        self.report.step("nbdmirror stop on both, the secondary first")
+        self.report.step("nbdmirror stop --both")
         self._prober.stop()
         self.running.remove(self._prober)
+        self.one.cli("stop", "--both")
         for node in (self.two, self.one):
-            node.cli("stop")
             code = node.end_controller()
             self.report.check(f"node {node.name} stopped in order", held=code == 0)
             node.cli("metadata", "check")

@@ -53,6 +53,7 @@ def controller(base: Path) -> Iterator[FakeController]:
 
 # --- orders ---------------------------------------------------------------------------------------
 
+STOP_ARGS = {"both": False, "shutdown": False}
 ORDERS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     # What the node is before, and what it becomes, step by step.
     "start": (
@@ -62,7 +63,7 @@ ORDERS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
             {"role": "SECOND", "readiness": "transient", "reason": "being brought up to date"},
         ],
     ),
-    "stop": ({}, [{"readiness": "transient"}, {"role": "STOP", "readiness": "not-ready"}]),
+    "stop": (STOP_ARGS, [{"readiness": "transient"}, {"role": "STOP", "readiness": "not-ready"}]),
     "prim": (
         {"role": "SECOND"},
         [{"role": "ALONE", "readiness": "transient"}, {"role": "PRIM", "readiness": "ready"}],
@@ -206,7 +207,7 @@ def test_a_wait_that_is_interrupted_says_that_the_order_goes_on(
         process.wait(BOUND_S)
     assert (process.returncode, out) == (130, "")
     assert "stop: not waited for any longer; it goes on\n" in said
-    assert controller.orders == [("stop", {})]
+    assert controller.orders == [("stop", STOP_ARGS)]
 
 
 # --- confirmations --------------------------------------------------------------------------------
