@@ -103,8 +103,13 @@ def test_a_client_that_missed_it_is_told_again(lan: Lan, alpha: Program, ip: str
         taken(alpha)
         heard_from(ear, "alpha", ip, 1)
         lan.mislead(ip)
+        comes_right(lan, ear, ip)
+
+
+def comes_right(lan: Lan, ear: Program, ip: str) -> None:
+    """The client learns where the address is from one of the next announcements."""
+    while lan.neighbour(ip) != mac("alpha"):
         heard_from(ear, "alpha", ip, 1)
-        assert lan.neighbour(ip) == mac("alpha")
 
 
 def heard_from(ear: Program, host: str, ip: str, count: int) -> list[dict[str, Any]]:
@@ -378,15 +383,12 @@ def test_a_lost_carrier_is_seen_and_its_return_announced(lan: Lan, alpha: Progra
     lan.run("switch", "ip", "link", "set", "alpha", "down")
     alpha.wait_told(f"{FOUR_24} lost: {CABLE} has no carrier")
     assert not facts(alpha, FOUR_24)["held"]
-    lan.mislead(FOUR)
-    lan.run("switch", "ip", "link", "set", "alpha", "up")
-    alpha.wait_told(f"{FOUR_24} is back on {CABLE}")
-    assert facts(alpha, FOUR_24)["held"]
-    lan.ping(f"{NET4}.1")
     with Program(lan, "client", "hear") as ear:
-        if lan.neighbour(FOUR) != mac("alpha"):  # the switch had not opened its port yet
-            heard_from(ear, "alpha", FOUR, 1)
-    assert lan.neighbour(FOUR) == mac("alpha")
+        lan.mislead(FOUR)
+        lan.run("switch", "ip", "link", "set", "alpha", "up")
+        alpha.wait_told(f"{FOUR_24} is back on {CABLE}")
+        assert facts(alpha, FOUR_24)["held"]
+        comes_right(lan, ear, FOUR)
 
 
 def test_an_address_that_is_taken_away_is_seen(lan: Lan, alpha: Program) -> None:
@@ -397,7 +399,10 @@ def test_an_address_that_is_taken_away_is_seen(lan: Lan, alpha: Program) -> None
     alpha.wait_told(f"{FOUR_24} lost: it was removed from {CABLE}")
     assert not facts(alpha, FOUR_24)["held"]
     assert facts(alpha, SIX_64)["held"]
+    lan.run("switch", "ip", "link", "set", "alpha", "down")
+    alpha.wait_told(f"{SIX_64} lost: {CABLE} has no carrier")
     with Program(lan, "client", "hear") as ear:
+        lan.run("switch", "ip", "link", "set", "alpha", "up")
         said = heard_from(ear, "alpha", SIX, 2)
         assert FOUR not in {each["address"] for each in said}
     taken(alpha)
