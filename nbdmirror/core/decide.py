@@ -297,8 +297,10 @@ def _misfit(pair: _Pair) -> bool:
 
 
 def _both_zero(pair: _Pair) -> bool:
-    """Nothing is in either file. What a session wrote before its first joint step was complete is
-    dirty until both have flushed it, and may be on one side only.
+    """Nothing is in either file, and nothing ever was: no intent was logged on either side.
+
+    What a session wrote before its first joint step was complete is not dirty any more once both
+    have flushed it; and the other side of now may be another machine than the one of then.
     """
     blank = _only(pair, lambda view: view.data_state is DataState.BLANK)
     return (
@@ -307,6 +309,7 @@ def _both_zero(pair: _Pair) -> bool:
         and Flags.ZEROED in pair.mine.flags
         and Flags.ZEROED in pair.theirs.flags
         and not (pair.mine.dirty or pair.theirs.dirty)
+        and not (pair.mine.own_txn or pair.theirs.own_txn)
     )
 
 

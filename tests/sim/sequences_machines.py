@@ -121,6 +121,36 @@ def old_peer_with_its_page_cache(s: Scene) -> None:
     s.both_have(before, after)
 
 
+def written_in_the_first_session(s: Scene) -> None:
+    """W is on A and on a B that is gone before it was joined: a new, empty B is copied to."""
+    for host in (s.a, s.b):
+        host.create(creator=host is s.a, arbiter=host.sb.arbiter, zeroed=True)
+        put(s, host, images(host))
+    s.checker.holders = [True, False]
+    blank = images(s.b)
+    s.start(s.a)
+    s.promote(s.a)
+    s.start(s.b)
+    s.until(lambda: s.node(s.a).session is not None and s.leads(s.a))
+    # The joint step takes its time.
+    s.a.meta.slow_factor = 100
+    first = s.write(s.a, 5)
+    s.flush(s.a)
+    node = s.node(s.a)
+    assert not node.dirty.any()
+    assert not node.unflushed
+    s.power(s.b)
+    s.a.meta.slow_factor = 1
+    s.run(SETTLE_MS)
+    if node.frozen:
+        s.alone(s.a)
+    put(s, s.b, blank)
+    s.start(s.b)
+    s.synced()
+    assert s.row(s.a) == "one side incomplete: COPY_FULL"
+    s.both_have(first)
+
+
 def another_peer_in_a_session(s: Scene) -> None:
     """Another peer is accepted in the middle of a resync: no copy made to this one clears a bit."""
     begin_resync(s)

@@ -218,8 +218,8 @@ PRIMARY = replace(A, primary_now=True, flags=Flags.WAS_PRIMARY)
 CRASHED = replace(A, flags=Flags.WAS_PRIMARY, dirty=True)
 POWERLESS = replace(A, cache_survived=False, dirty=True)
 BLANK = replace(B, data_state=DataState.BLANK, generation=NO_GENERATION)
-NEW_A = replace(alone(A, G), flags=Flags.ZEROED | Flags.ALONE, dirty=False)
-NEW_B = replace(BLANK, flags=Flags.ZEROED)
+NEW_A = replace(alone(A, G), flags=Flags.ZEROED | Flags.ALONE, dirty=False, own_txn=0, peer_txn=0)
+NEW_B = replace(BLANK, flags=Flags.ZEROED, own_txn=0, peer_txn=0)
 JOINING = replace(
     A, generation=G1, base=(G,), pending=J, pending_kind=PendingKind.JOINT, dirty=True
 )
@@ -356,8 +356,15 @@ CASES = {
     "new, written there": (
         NEW_A, replace(NEW_B, dirty=True), FULL, "one side incomplete", 1,
     ),
+    # ... and the other node of then was another machine.
+    "new, written and flushed here": (
+        replace(NEW_A, own_txn=1), NEW_B, FULL, "one side incomplete", 1,
+    ),
+    "new, written and flushed there": (
+        NEW_A, replace(NEW_B, own_txn=1), FULL, "one side incomplete", 1,
+    ),
     "one adopted": (
-        NEW_A, BLANK, FULL, "one side incomplete", 1,
+        NEW_A, replace(NEW_B, flags=Flags(0)), FULL, "one side incomplete", 1,
     ),
     "both blank": (replace(BLANK, node_id=1), BLANK, ASK, "no usable copy", 0),
     "both half": (replace(HALF, node_id=1), HALF, ASK, "no usable copy", 0),

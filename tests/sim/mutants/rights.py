@@ -41,6 +41,12 @@ RIGHTS: Final = (
              "    if node.right:\n        yield from node.begin_generation()\n", ""),
         sequences=("old_peer_with_its_page_cache",),
     ),
+    Mutant(
+        "new-but-written", 13,
+        "a peer made anew is not copied to, though a session has written before it was joined",
+        core("decide", "        and not (pair.mine.own_txn or pair.theirs.own_txn)\n", ""),
+        sequences=("written_in_the_first_session",), quick=True,
+    ),
     # --- 9: the joint step -----------------------------------------------------------------------
     Mutant(
         "joint-keeps-right", 9,
