@@ -29,6 +29,7 @@ def joint_step(node: Node, session: Session) -> Path:
         PeerProtocolError: the peer took another generation than it was given.
     """
     yield from wait_for_arbiter(node, session)
+    require_equal(node, session)
     generation = yield from give_up_right(node, session)
     yield from record(node, session, generation)
     require_live(session)
@@ -53,6 +54,19 @@ def wait_for_arbiter(node: Node, session: Session) -> Path:
         node.ask("arbiter-unreachable")
         yield from node.wait_for_answer()
     require_live(session)
+
+
+def require_equal(node: Node, session: Session) -> None:
+    """Nothing became different since the resync ended, and from part (a) on nothing can.
+
+    A write that found no space here, under the right, is on the target only and dirty.
+
+    Raises:
+        SessionLostError: something did; the next contact compares anew.
+    """
+    if node.dirty.any():
+        node.lose_session(session, "extents became different: comparing anew", ask=False)
+        raise SessionLostError(session.reason)
 
 
 def give_up_right(node: Node, session: Session) -> Path:

@@ -213,6 +213,24 @@ def full_in_the_joint_step(s: Scene) -> None:
     returns(s, s.a)
 
 
+def full_before_the_joint_step(s: Scene) -> None:
+    """A finds no space for W when all is copied and it still has the right: compared once more."""
+    s.pair()
+    s.write(s.a, 5)
+    s.part()
+    s.alone(s.a)
+    finished = len(s.told("A resync-finished"))
+    s.heal()
+    s.until(lambda: len(s.told("A resync-finished")) > finished)
+    assert s.node(s.a).right
+    s.a.data.fail(errno.ENOSPC, "write")
+    pending = s.begin_write(s.a, 7)
+    s.answered(pending)
+    assert is_told(pending, "OutOfSpaceError")
+    s.synced()
+    assert not s.node(s.a).dirty.any()
+
+
 # --- a local write that takes its time ---------------------------------------------------------
 
 

@@ -56,6 +56,12 @@ RIGHTS: Final = (
         quick=True,
     ),
     Mutant(
+        "joint-over-a-difference", 9,
+        "a write that found no space after the resync: in sync, and the copies differ",
+        core("joint", "    require_equal(node, session)\n", ""),
+        sequences=("full_before_the_joint_step",), quick=True,
+    ),
+    Mutant(
         "joint-right-in-memory", 9,
         "a session lost while (a) is stored goes on alone under a right that is being given up",
         core("joint", "    node.giving_up = True\n", "    node.giving_up = False\n"),
