@@ -63,7 +63,7 @@ ORDERS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
             {"role": "SECOND", "readiness": "transient", "reason": "being brought up to date"},
         ],
     ),
-    "stop": (STOP_ARGS, [{"readiness": "transient"}, {"role": "STOP", "readiness": "not-ready"}]),
+    "stop": ({}, [{"readiness": "transient"}, {"role": "STOP", "readiness": "not-ready"}]),
     "prim": (
         {"role": "SECOND"},
         [{"role": "ALONE", "readiness": "transient"}, {"role": "PRIM", "readiness": "ready"}],
@@ -105,7 +105,8 @@ def test_an_order_is_given_and_waited_for(
     controller.extra[name] = {"done": "it is\x1b ordered", **SEEN_AT_ONCE.get(name, {})}
     controller.then.extend(steps)
     assert shell(name) == 0
-    args = {"force": False} if name in {"prim", "second"} else {}
+    forced = {"force": False}
+    args = {"prim": forced, "second": forced, "stop": STOP_ARGS}.get(name, {})
     assert controller.orders == [(name, args)]
     assert not controller.then, "it was waited for to the last step"
     assert f"{name}: it is? ordered\n" in shell.out
