@@ -170,6 +170,17 @@ class Durable:
                 self._committing = False
                 wake_all(self._commit_waiters)
 
+    def commit_anew(self) -> Path:
+        """Give the log as it is a number of its own; returns when that is durable.
+
+        With it goes the peer's number that was heard last.
+
+        Raises:
+            StoreError: as commit.
+        """
+        self.log.version += 1
+        yield from self.commit(self.log.version)
+
     def log_has_room(self, offset: int, end: int) -> bool:
         """Whether the hot set can take the regions of [offset, end) as it is."""
         size = self.geometry.region_bytes

@@ -215,14 +215,22 @@ def want_flush(node: Node, session: Session, seq: int) -> None:
 
 
 def flusher(node: Node, session: Session) -> Path:
-    """Flush until nothing more is wanted; each report covers what was applied before it began."""
+    """Flush until nothing more is wanted; each report covers what was applied before it began.
+
+    Blocks of a resync leave no intent in the log, and the source clears its bits by this report. So
+    the log gets a new number first, and the source hears of it first: a copy that is set back to
+    before the blocks shows a lower one.
+    """
     node.enter(session)
     try:
         while session.live and session.flush_done_seq < session.flush_wanted_seq:
             seq = session.applied_seq
             yield (node.store.fdatasync,)
+            if node.sb.data_state is DataState.INCONSISTENT:
+                yield from node.commit_anew()
             session.flush_done_seq = seq
             if session.live:
+                session.queue(FrameType.ECHO_REQUEST, 0, 0, 0, node.log.txn, EMPTY)
                 session.queue(FrameType.FLUSHED, 0, seq, 0, 0, EMPTY)
                 yield (session.link.kick,)
     except NbdMirrorError as error:

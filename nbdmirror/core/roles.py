@@ -363,8 +363,7 @@ def accept_peer_now(node: Node) -> Path:
     if node.right:
         yield from node.begin_generation()
     node.log.peer_txn = 0
-    node.log.version += 1
-    yield from node.commit(node.log.version)
+    yield from node.commit_anew()
     yield from node.change(lambda sb: replace(sb, peer_uuid=NO_GENERATION, peer_txn=0))
 
 

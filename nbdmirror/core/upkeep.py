@@ -245,9 +245,9 @@ def tidy(node: Node, idle_seq: int) -> Path:
             yield from node.evict(idle_seq)
         # One behind is near enough: two idle nodes would remember each other for ever.
         unremembered = node.log.peer_txn - node.log.durable_peer_txn
-        if node.log.version > node.log.durable or unremembered > 1:
-            if node.log.version == node.log.durable:
-                node.log.version += 1
+        if node.log.version > node.log.durable:
             yield from node.commit(node.log.version)
+        elif unremembered > 1:
+            yield from node.commit_anew()
     except NbdMirrorError as error:
         node.shell.emit("tidy-failed", reason=str(error))

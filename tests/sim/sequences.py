@@ -71,7 +71,8 @@ SEQUENCES: Final = {
         shown.joint_step_broken_off_often, shown.joint_generation_in_the_cache_only,
         machines.old_peer_after_its_replacement, machines.old_peer_with_the_same_generation,
         machines.old_peer_with_its_page_cache, machines.another_peer_in_a_session,
-        machines.written_in_the_first_session,
+        machines.written_in_the_first_session, machines.set_back_to_before_the_resync,
+        machines.set_back_in_the_resync,
     ),
     **_named(
         "memory",

@@ -121,6 +121,47 @@ def old_peer_with_its_page_cache(s: Scene) -> None:
     s.both_have(before, after)
 
 
+def set_back_to_before_the_resync(s: Scene) -> None:
+    """B is set back to a snapshot of before, in the middle of its resync: it is copied in full."""
+    s.pair()
+    s.write(s.a, 5, fua=True)
+    s.flush(s.a)
+    s.run(SETTLE_MS)
+    s.power(s.b)
+    s.alone(s.a)
+    first = s.write(s.a, FAR, fua=True)
+    set_back_when_copied(s, images(s.b))
+    assert s.row(s.a) == "rolled back: COPY_FULL"
+    s.both_have(first)
+
+
+def set_back_in_the_resync(s: Scene) -> None:
+    """The same with a snapshot of after the resync began, and before W was copied."""
+    s.pair()
+    s.part()
+    s.alone(s.a)
+    first = s.write(s.a, FAR, fua=True)
+    s.heal()
+    s.until(lambda: s.on_disk(s.b).data_state is DataState.INCONSISTENT)
+    set_back_when_copied(s, images(s.b))
+    assert s.row(s.a) == "one side incomplete: COPY_FULL"
+    s.both_have(first)
+
+
+def set_back_when_copied(s: Scene, snapshot: Images) -> None:
+    """B runs until A has cleared the bit of W, then it is set back."""
+    s.start(s.b)
+    s.until(lambda: s.on_disk(s.b).data_state is DataState.INCONSISTENT)
+    s.until(lambda: not s.node(s.a).dirty.dirty_in(FAR * 4096, (FAR + 1) * 4096))
+    assert s.on_disk(s.b).data_state is DataState.INCONSISTENT
+    s.power(s.b)
+    put(s, s.b, snapshot)
+    if s.node(s.a).frozen:
+        s.alone(s.a)
+    s.start(s.b)
+    s.synced()
+
+
 def written_in_the_first_session(s: Scene) -> None:
     """W is on A and on a B that is gone before it was joined: a new, empty B is copied to."""
     for host in (s.a, s.b):

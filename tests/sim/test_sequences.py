@@ -14,6 +14,7 @@ from tests.sim.sequences import SEQUENCES, play
 HELPERS = {
     "begin_resync", "until_target_took", "both_kept", "is_told", "returns",
     "images", "put", "replaced", "old_one_is_back",
+    "set_back_when_copied",
 }  # fmt: skip
 MODULES = (
     sequences_crashes,

@@ -42,6 +42,23 @@ RIGHTS: Final = (
         sequences=("old_peer_with_its_page_cache",),
     ),
     Mutant(
+        "resync-without-number", 13,
+        "a target set back to a snapshot is taken for one that has every block whose bit is clear",
+        core("replica",
+             "            if node.sb.data_state is DataState.INCONSISTENT:\n"
+             "                yield from node.commit_anew()\n", ""),
+        sequences=("set_back_to_before_the_resync",),
+    ),
+    Mutant(
+        "resync-number-unheard", 13,
+        "the same, where the source has not heard of the number when it clears the bit",
+        core("replica",
+             "                session.queue(FrameType.ECHO_REQUEST, 0, 0, 0, node.log.txn,"
+             " EMPTY)\n",
+             ""),
+        sequences=("set_back_in_the_resync",),
+    ),
+    Mutant(
         "new-but-written", 13,
         "a peer made anew is not copied to, though a session has written before it was joined",
         core("decide", "        and not (pair.mine.own_txn or pair.theirs.own_txn)\n", ""),
