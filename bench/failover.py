@@ -1,10 +1,10 @@
 """How long until the other node acknowledges: the time budget of a failover, measured.
 
 `python -m bench.failover [--runs N] [--json FILE]`, or `bash bench/failover.sh`. Two real nodes
-with their controllers on two hosts in namespaces; a client writes 4 KiB after 4 KiB to whichever node
-takes it. An outage is the time from the fault to the first write that the other node acknowledged;
-the same client sees both. Each kind of fault is repeated; median and maximum are printed, and the
-exit code is 1 when a maximum is above what is promised.
+with their controllers on two hosts in namespaces; a client writes to whichever node takes it. An
+outage is the time from the fault to the first write that the other node acknowledged; the same
+client sees both. Each kind of fault is repeated; median and maximum are printed, and the exit code
+is 1 when a maximum is above what is promised.
 
 Owns the faults and the clock. What is measured is detection, decision and promotion: file system
 and application come on top of it and are the demo's.

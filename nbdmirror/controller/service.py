@@ -101,9 +101,9 @@ class Service:
         self._remove_mark()
         if not served:
             # First of all: the peer takes them at once.
-            await self.addresses.drop()
+            await self.drop_addresses()
         problems = await self.application.stop()
-        await self.addresses.drop()
+        await self.drop_addresses()
         if served:
             problems += await self._detach(force=bool(problems))
         await self.look_for_leftovers()
@@ -122,7 +122,10 @@ class Service:
 
     async def drop_addresses(self) -> None:
         """Before anything else, when the engine died: the peer is about to take them."""
-        await self.addresses.drop()
+        try:
+            await self.addresses.drop()
+        except NbdMirrorError as error:
+            self._tell(str(error))  # what is still held is found as left over
 
     async def finished(self) -> None:
         """Wait for the end of what is under way."""
