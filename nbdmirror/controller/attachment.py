@@ -9,6 +9,7 @@ wait without a bound. What the kernel does not give back is told and left.
 import asyncio
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from nbdmirror.controller.bounded import Done, command, in_thread
 from nbdmirror.controller.devices import Attached
 from nbdmirror.controller.holders import end_users, sentences, using
 from nbdmirror.controller.mounts import Mount, at, mounts
-from nbdmirror.controller.processes import end, reap
+from nbdmirror.controller.processes import Process, end, reap
 from nbdmirror.controller.traces import (
     FUSE,
     KERNEL,
@@ -43,6 +44,18 @@ HOLDERS_S: Final = 3.0
 HELPER_S: Final = 2.0
 POLL_S: Final = 0.05
 SHOWN_MAX: Final = 8
+
+MNT_DETACH: Final = 2
+# umount(8) reads /proc/self, which in the namespaces of another process may be somebody else's. A
+# process, because a thread that hangs in the kernel would keep this program from ending.
+UMOUNT_WITHIN: Final = """
+import ctypes, os, sys
+libc, (_, pid, point, flags) = ctypes.CDLL(None, use_errno=True), sys.argv
+namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY)
+CLONE_NEWNS = 0x20000
+if libc.setns(namespace, CLONE_NEWNS) or libc.umount2(os.fsencode(point), int(flags)):
+    sys.exit(os.strerror(ctypes.get_errno()))
+"""
 
 
 class Attachment:
@@ -209,18 +222,24 @@ class Attachment:
         return said
 
     async def _unmount_all(self, found: Traces, bound_s: float, *, lazy: bool = False) -> list[str]:
-        """The last mounted first."""
+        """The last mounted first, then the copies that other mount namespaces have."""
         said: list[str] = []
-        for mount in reversed(found.mounted):
-            done = await _umount(mount, bound_s, lazy=lazy)
+        doing = [(None, mount) for mount in reversed(found.mounted)]
+        for process, mount in [*doing, *reversed(found.elsewhere)]:
+            done = await _umount(mount, bound_s, lazy=lazy, within=process)
             if not done.ok:
-                said.append(f"{mount.point} cannot be unmounted: {done.error}")
+                whose = f" for {process}" if process is not None else ""
+                said.append(f"{mount.point} cannot be unmounted{whose}: {done.error}")
+        if said and not (now := await self._look()).mounted and not now.elsewhere:
+            # A namespace that ended, or a mount that went with another one. What hangs is told.
+            return [each for each in said if "no end within" in each]
         return said
 
     async def _detach_lazily(self) -> list[str]:
         """What is still mounted gets out of the way; it ends with its last user."""
         found = await self._look()
-        said = [f"{mount.point} was detached while it was in use" for mount in found.mounted]
+        places = [*found.mounted, *(mount for _, mount in found.elsewhere)]
+        said = [f"{mount.point} was detached while it was in use" for mount in places]
         return said + await self._unmount_all(found, UNMOUNT_FORCED_S, lazy=True)
 
     async def _users(self, found: Traces) -> list[str]:
@@ -240,8 +259,9 @@ class Attachment:
         """
         try:
             found = await self._look()
-            if found.mounted and not force:
-                return [f"{found.mounted[0].point} is still mounted: the device stays attached"]
+            places = [*found.mounted, *(mount for _, mount in found.elsewhere)]
+            if places and not force:
+                return [f"{places[0].point} is still mounted: the device stays attached"]
             said = await self._free_devices(found, force=force)
             self._attached = None
             said += await self._end_helper(force=force)
@@ -292,8 +312,9 @@ class Attachment:
     async def _end_helper(self, *, force: bool) -> list[str]:
         """nbdfuse ends with its mount, nbd-client with its connection."""
         said: list[str] = []
-        for mount in (await self._look()).fuse:
-            done = await _umount(mount, UNMOUNT_FORCED_S, lazy=force)
+        found = await self._look()
+        for process, mount in [*((None, m) for m in found.fuse), *found.fuse_elsewhere]:
+            done = await _umount(mount, UNMOUNT_FORCED_S, lazy=force, within=process)
             if not done.ok:
                 said.append(f"{mount.point} cannot be unmounted: {done.error}")
         until = time.monotonic() + (FREED_FORCED_S if force else FREED_S)
@@ -336,7 +357,8 @@ class Attachment:
                 self._tell(f"removing: {each}")
             said = await self._end_users(found)
             await self._unmount_all(found, UNMOUNT_FORCED_S)
-            if (await self._look()).mounted:
+            now = await self._look()
+            if now.mounted or now.elsewhere:
                 # Requests that wait for a frozen server fail with the helper, and with them who
                 # could not be killed.
                 await self._kill_helpers()
@@ -351,7 +373,14 @@ class Attachment:
         return said + [f"still there: {each}" for each in left.sentences()]
 
 
-async def _umount(mount: Mount, bound_s: float, *, lazy: bool) -> Done:
+async def _umount(
+    mount: Mount, bound_s: float, *, lazy: bool, within: Process | None = None
+) -> Done:
+    """`within`: a process in whose mount namespace it is done."""
+    if within is not None:
+        flags = MNT_DETACH if lazy else 0
+        words = [sys.executable, "-I", "-S", "-c", UMOUNT_WITHIN, str(within.pid)]
+        return await command([*words, str(mount.point), str(flags)], bound_s)
     # -c: the path is real already, and asking for it may hang. -i: no helper of others.
     options = ["-c", "-i", *(["-l"] if lazy else [])]
     return await command(["umount", *options, str(mount.point)], bound_s)

@@ -13,7 +13,7 @@ names it, or if it is mounted at our mount point.
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -95,12 +95,18 @@ def read_record(path: Path) -> Record | None:
         return None
 
 
+Copy = tuple[Process, Mount]
+
+
 @dataclass(frozen=True, slots=True)
 class Traces:
     """What there is. `devices`: "/dev/loop3"; `numbers`: the "major:minor" of each.
 
     `mounted`: our file system, wherever it is mounted, then what is mounted below it; in the order
     of mounting. `foreign`: what somebody else has mounted at our mount point.
+
+    `elsewhere`, `fuse_elsewhere`: copies of our mounts in other mount namespaces, each with a
+    process there. Where nothing propagates they keep the device in use, and nobody sees them.
     """
 
     helpers: tuple[Process, ...]
@@ -108,14 +114,18 @@ class Traces:
     devices: tuple[str, ...]
     numbers: tuple[str, ...]
     mounted: tuple[Mount, ...]
+    elsewhere: tuple[Copy, ...]
+    fuse_elsewhere: tuple[Copy, ...]
     foreign: Mount | None
 
     def sentences(self) -> list[str]:
         """One for each thing."""
         return [
             *(f"{m.source} is mounted at {m.point}" for m in self.mounted),
+            *(f"{m.source} is mounted at {m.point} for {process}" for process, m in self.elsewhere),
             *(f"{device} is attached" for device in self.devices),
             *(f"nbdfuse is mounted at {m.point}" for m in self.fuse),
+            *(f"nbdfuse is mounted at {m.point} for {each}" for each, m in self.fuse_elsewhere),
             *(f"{helper} serves a device" for helper in self.helpers),
         ]
 
@@ -131,7 +141,18 @@ def look(places: Places) -> Traces:
     mounted = _ours(numbers, now)
     foreign = [m for m in now if m.point == places.point and m not in mounted]
     devices = tuple(f"/dev/{name}" for name in names)
-    return Traces(helpers, fuse, devices, numbers, mounted, foreign[-1] if foreign else None)
+    wanted = {*numbers, *(m.device for m in fuse)}
+    copies = list(_elsewhere(places.fuse, wanted)) if wanted or helpers else []
+    return Traces(
+        helpers,
+        fuse,
+        devices,
+        numbers,
+        mounted,
+        elsewhere=tuple(c for c in copies if c[1].device in numbers),
+        fuse_elsewhere=tuple(c for c in copies if c[1].device not in numbers),
+        foreign=foreign[-1] if foreign else None,
+    )
 
 
 def _ours(numbers: Sequence[str], now: Sequence[Mount]) -> tuple[Mount, ...]:
@@ -140,6 +161,24 @@ def _ours(numbers: Sequence[str], now: Sequence[Mount]) -> tuple[Mount, ...]:
     points = {m.point for m in ours}
     below = [m for m in now if m not in ours and points & set(m.point.parents)]
     return (*ours, *below)
+
+
+def _elsewhere(fuse: Path, numbers: Collection[str]) -> Iterator[Copy]:
+    """Our mounts in each other mount namespace of a process."""
+    seen = {_namespace("self")}
+    for each in processes():
+        with contextlib.suppress(OSError):
+            namespace = _namespace(str(each.pid))
+            if namespace not in seen:
+                seen.add(namespace)
+                for m in mounts(each.pid):
+                    if m.device in numbers or (m.point == fuse and m.type.startswith("fuse")):
+                        yield each, m
+
+
+def _namespace(pid: str) -> str:
+    """Raises OSError."""
+    return os.readlink(f"/proc/{pid}/ns/mnt")  # noqa: PTH115 - its text is wanted
 
 
 def _helpers(places: Places) -> Iterator[Process]:

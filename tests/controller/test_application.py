@@ -196,7 +196,7 @@ def test_what_does_not_stop_is_killed(tmp_path: Path) -> None:
     keys = scripts(tmp_path, start=daemon, stop=f"{NOTE}; trap '' TERM; sleep 1000; sleep 1000")
     with tmpfs(tmp_path / "mnt") as point:
         made = Made(tmp_path, point, stop_timeout_s=1, force_timeout_s=1, **keys)
-        with running("sh", "-c", f"cd {point}; echo ready; exec cat") as other:
+        with running("sh", "-c", f"cd {point}; echo ready; read line") as other:
 
             async def main() -> list[str]:
                 await made.it.start()
@@ -208,7 +208,7 @@ def test_what_does_not_stop_is_killed(tmp_path: Path) -> None:
         assert not alive(pid)
     assert made.did() == ["stop ", "force force"]
     assert f"sh (pid {pid}) was started by a script of this mirror and was killed" in said
-    assert f"cat (pid {other.pid}) used {point} and was ended" in said
+    assert f"sh (pid {other.pid}) used {point} and was ended" in said
     assert made.it.state == "stopped"
 
 
