@@ -388,10 +388,13 @@ def flush_pair(node: Node) -> Path:
 
 def flush_here(node: Node, operation: Operation) -> Path:
     """The local leg of a flush; a failure of it is one of this copy, whenever it comes."""
+    node.syncing[operation] = None
     try:
         yield (node.store.fdatasync,)
     except StoreError as error:
         yield from local_failure(node, operation, error)
+    finally:
+        del node.syncing[operation]
 
 
 def background_flush(node: Node) -> Path:

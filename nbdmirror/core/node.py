@@ -104,6 +104,8 @@ class Node(Durable):
         self.last_session: Session | None = None
         self.active: dict[Session, int] = {}
         self.inflight: dict[Operation, None] = {}
+        # Flushes whose sync of the local file has not returned.
+        self.syncing: dict[Operation, None] = {}
         self.unflushed: deque[tuple[int, int, int]] = deque()
         self.unflushed_bytes = 0
         self.pending_clear: deque[tuple[int, int, int]] = deque()

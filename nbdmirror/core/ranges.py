@@ -72,5 +72,9 @@ class RangeLocks:
         """Whether anything held or waiting touches [start, end)."""
         return any(start < hold.end and hold.start < end for hold in self._holds)
 
+    def oldest_shared(self) -> Hold | None:
+        """The oldest hold that was granted and is shared: what a read in the file looks like."""
+        return next((hold for hold in self._holds if hold.granted and not hold.exclusive), None)
+
     def __len__(self) -> int:
         return len(self._holds)

@@ -7,6 +7,7 @@ at once; what takes time is spawned. No clock decides about writes: a deadline o
 from nbdmirror.core.io import background_flush
 from nbdmirror.core.node import Node, Role
 from nbdmirror.core.ports import Path
+from nbdmirror.core.ranges import Hold
 from nbdmirror.core.roles import hand_over, step_back
 from nbdmirror.core.session import EMPTY, Phase, Session
 from nbdmirror.core.wire import FrameType
@@ -41,6 +42,7 @@ class Upkeep:
         self.frozen_ms = 0
         self.failed_ms: int | None = None
         self.local_mark = (0, 0)
+        self.read_mark: tuple[Hold | None, int] = (None, 0)
         self.progress_mark = (0, 0)
         self.attended_ms = 0
 
@@ -84,6 +86,7 @@ class Upkeep:
         self.acked_mark = later(self.acked_mark, gap_ms)
         self.flushed_mark = later(self.flushed_mark, gap_ms)
         self.local_mark = later(self.local_mark, gap_ms)
+        self.read_mark = (self.read_mark[0], self.read_mark[1] + gap_ms)
         self.heard_ms += gap_ms
         self.frozen_ms += gap_ms
         self.attended_ms += gap_ms
@@ -149,14 +152,18 @@ class Upkeep:
     def local_io(self, now_ms: int) -> None:
         """Rule 8: I/O that does not return is the loss of that side, where another side is."""
         node = self.node
-        session = node.session
-        seq = oldest_local(node)
+        seq, read = oldest_local(node), node.locks.oldest_shared()
         if seq == 0 or seq != self.local_mark[0]:
             self.local_mark = (seq, now_ms)
-        elif session is not None and session.sending and session.phase is Phase.SYNCED:
-            limit_ms = node.ack_timeout_ms * LOCAL_IO_FACTOR
-            if now_ms - self.local_mark[1] > limit_ms:
-                node.note_failure(f"a local write has not returned for {limit_ms} ms", lost=False)
+        if read is None or read is not self.read_mark[0]:
+            self.read_mark = (read, now_ms)
+        session = node.sending_session()
+        if session is None or session.phase is not Phase.SYNCED:
+            return
+        limit_ms = node.ack_timeout_ms * LOCAL_IO_FACTOR
+        for what, since_ms in (("write or flush", self.local_mark[1]), ("read", self.read_mark[1])):
+            if now_ms - since_ms > limit_ms:
+                node.note_failure(f"a local {what} has not returned for {limit_ms} ms", lost=False)
 
     def progress(self, now_ms: int) -> None:
         """The speed of a resync, for display."""
@@ -213,9 +220,12 @@ def later(mark: tuple[int, int], gap_ms: int) -> tuple[int, int]:
 
 
 def oldest_local(node: Node) -> int:
-    """The number of the oldest operation whose local leg has not returned, 0 if there is none."""
+    """The number of the oldest operation whose local leg has not returned, 0 if there is none.
+
+    A flush counts until its sync has returned, too; a hot region takes writes all the time.
+    """
     for operation in node.inflight:
-        if not operation.local_done:
+        if not operation.local_done or operation in node.syncing:
             return operation.seq
     return 0
 

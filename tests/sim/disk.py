@@ -108,8 +108,8 @@ class SimFile:
         self.started: dict[int, Change] = {}
         self._serial = 0
         self.slow_factor = 1
-        # How long the next write takes on top: a bad sector under a part of a page.
-        self.hold_ms = 0
+        # How long the next "write" (any change), "sync" or "read" takes on top: a bad sector.
+        self.hold_ms: dict[str, int] = {}
         self.failed = False
         # Operation: the errno it fails with; those of `once` fail one time only.
         self.failing: dict[str, int] = {}
@@ -261,8 +261,7 @@ def write_op(
             file.make_range_durable(change.offset, change.end)
 
     delay_ms = rng.choice((0, 0, 0, 1, 2)) + (rng.randrange(1, 8) if durable else 0)
-    held_ms, file.hold_ms = file.hold_ms, 0
-    return DiskOp(delay_ms * file.slow_factor + held_ms, effect)
+    return DiskOp(delay_ms * file.slow_factor + file.hold_ms.pop("write", 0), effect)
 
 
 def raise_error(number: int, where: str) -> None:
@@ -289,7 +288,7 @@ def sync_op(file: SimFile) -> DiskOp:
         require_synced(file, serials)
         file.make_durable(serials)
 
-    return DiskOp(rng.randrange(1, 12) * file.slow_factor, effect)
+    return DiskOp(rng.randrange(1, 12) * file.slow_factor + file.hold_ms.pop("sync", 0), effect)
 
 
 class SimStore:
@@ -318,7 +317,8 @@ class SimStore:
                 raise StoreError(number, f"read {self.file.name}")
             buffer[:] = self.file.read(offset, len(buffer))
 
-        return DiskOp(self.file.world.rng["disk"].choice((0, 0, 1)), effect)
+        delay_ms = self.file.world.rng["disk"].choice((0, 0, 1))
+        return DiskOp(delay_ms + self.file.hold_ms.pop("read", 0), effect)
 
     def pwrite(self, buffer: ReadBuffer, offset: int) -> Any:
         """Into the cache."""

@@ -40,7 +40,7 @@ class Faults:
         self.kinds: list[Callable[[], Path | None]] = [
             self.kill, self.kill, self.power, self.power, self.power_both, self.cut, self.cut,
             self.cut_one_way, self.flap, self.reset, self.reset, self.pause, self.pause,
-            self.slow_net, self.slow_disk, self.held_write, self.held_write, self.sync_error,
+            self.slow_net, self.slow_disk, self.held_write, self.held_call, self.sync_error,
             self.write_error, self.no_space, self.not_offered, self.read_error, self.full_disk,
             self.bad_disk, self.meta_error,
             self.swap, self.swap, self.demote, self.stop, self.stop,
@@ -157,7 +157,14 @@ class Faults:
 
     def held_write(self) -> None:
         """The next write of one host takes longer than some deadlines, or than all of them."""
-        self._host().data.hold_ms = self.rng.choice((700, 3000, 8000, 25_000))
+        self._hold("write")
+
+    def held_call(self) -> None:
+        """The same for the next change, sync or read."""
+        self._hold(self.rng.choice(("write", "sync", "read")))
+
+    def _hold(self, operation: str) -> None:
+        self._host().data.hold_ms[operation] = self.rng.choice((700, 3000, 8000, 25_000))
 
     def _fail_once(self, file: str, number: int, *operations: str) -> None:
         """The next of these operations on one running host fails."""

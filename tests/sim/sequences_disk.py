@@ -10,18 +10,20 @@ from dataclasses import replace
 from typing import Any
 
 from nbdmirror.core import io, roles
-from nbdmirror.core.node import Role
+from nbdmirror.core.node import Role, Settings
 from nbdmirror.core.ports import ReadBuffer
 from nbdmirror.core.session import Phase
 from nbdmirror.core.superblock import DataState, Flags
+from nbdmirror.core.upkeep import LOCAL_IO_FACTOR
 from nbdmirror.limits import ACK_TIMEOUT_MS
 from tests.sim.disk import CHANGES
 from tests.sim.host import Host
 from tests.sim.sequences_crashes import begin_resync
-from tests.sim.sequences_scene import Request, Scene
+from tests.sim.sequences_scene import NEVER_MS, Request, Scene
 
 SLOW_FACTOR = 50
 HELD_MS = 40_000
+HANG_LIMIT_MS = (LOCAL_IO_FACTOR + 1) * ACK_TIMEOUT_MS
 
 
 def is_told(request: Request, error: str) -> bool:
@@ -231,13 +233,60 @@ def full_before_the_joint_step(s: Scene) -> None:
     assert not s.node(s.a).dirty.any()
 
 
+# --- a call of the local disk that does not return ----------------------------------------------
+
+
+def hands_over(s: Scene) -> None:
+    """A counts as failed within the bound, and B can serve."""
+    s.until(lambda: s.node(s.a).role is Role.NONE, HANG_LIMIT_MS)
+    s.until(lambda: Flags.PEER_OUTDATED in s.on_disk(s.b).flags)
+    s.until(lambda: not s.node(s.b).changing)
+    s.promote(s.b)
+    s.write(s.b, 7)
+
+
+def flush_hangs(s: Scene) -> None:
+    """The sync of a client's flush does not return, while hot regions take writes: handed over."""
+    s.pair()
+    s.write(s.a, 5)
+    s.a.data.hold_ms["sync"] = NEVER_MS
+    pending = s.begin_flush(s.a)
+    s.run(1000)
+    s.write(s.a, 5)
+    hands_over(s)
+    assert not pending.acknowledged
+
+
+def background_flush_hangs(s: Scene) -> None:
+    """The same for a flush that no client waits for."""
+    s.a.settings = Settings()
+    s.pair()
+    s.a.data.hold_ms["sync"] = NEVER_MS
+    s.write(s.a, 5)
+    s.until(lambda: s.node(s.a).background_flush)
+    s.write(s.a, 5)
+    hands_over(s)
+
+
+def read_hangs(s: Scene) -> None:
+    """A read of a bad sector does not return, while others do: handed over, not told an error."""
+    s.pair()
+    s.write(s.a, 5)
+    s.a.data.hold_ms["read"] = NEVER_MS
+    pending = s.begin_read(s.a, 5)
+    s.run(1000)
+    s.answered(s.begin_read(s.a, 6))
+    hands_over(s)
+    assert pending.problem is None
+
+
 # --- a local write that takes its time ---------------------------------------------------------
 
 
 def late_write_before_a_swap(s: Scene) -> None:
     """A's own leg of W1 hangs over a swap: it may not land on what B sends for the same block."""
     s.pair()
-    s.a.data.hold_ms = HELD_MS
+    s.a.data.hold_ms["write"] = HELD_MS
     first = s.begin_write(s.a, 5)
     s.run(100)
     s.command(s.a, roles.demote(s.node(s.a)))
@@ -255,7 +304,7 @@ def late_write_before_a_swap(s: Scene) -> None:
 def late_write_behind_a_cut(s: Scene) -> None:
     """The same, and the link is lost before A steps back: nothing calls A's disk failed."""
     s.pair()
-    s.a.data.hold_ms = HELD_MS
+    s.a.data.hold_ms["write"] = HELD_MS
     s.begin_write(s.a, 5)
     s.run(100)
     s.part()
@@ -271,7 +320,7 @@ def late_write_behind_a_cut(s: Scene) -> None:
 def failure_beside_a_hung_write(s: Scene) -> None:
     """A waits for its hung write before it meets B, and its copy fails: it does not go on then."""
     s.pair()
-    s.a.data.hold_ms = HELD_MS
+    s.a.data.hold_ms["write"] = HELD_MS
     s.begin_write(s.a, 5)
     s.run(100)
     s.part()
@@ -293,7 +342,7 @@ def request_of_an_earlier_term(s: Scene) -> None:
     for host in s.sim.hosts:
         host.settings = replace(host.settings, ack_timeout_ms=5 * ACK_TIMEOUT_MS)
     s.pair()
-    s.a.data.hold_ms = HELD_MS
+    s.a.data.hold_ms["write"] = HELD_MS
     s.begin_write(s.a, 5)
     s.run(100)
     waiting = s.begin_write(s.a, 5)
@@ -311,7 +360,7 @@ def only_copy_with_a_hung_write(s: Scene) -> None:
     s.pair()
     s.kill(s.b)
     s.alone(s.a)
-    s.a.data.hold_ms = HELD_MS
+    s.a.data.hold_ms["write"] = HELD_MS
     first = s.begin_write(s.a, 5)
     s.run(100)
     s.command(s.a, roles.demote(s.node(s.a)))
@@ -329,7 +378,7 @@ def pieces_and_a_decision(s: Scene) -> None:
     that, and only for that: the second is frozen until A has decided.
     """
     s.pair()
-    s.a.data.hold_ms = 400
+    s.a.data.hold_ms["write"] = 400
     pending = s.begin_write(s.a, 0, 512)
     s.run(50)
     s.kill(s.b)
@@ -343,7 +392,7 @@ def pieces_and_a_decision(s: Scene) -> None:
 def pieces_and_the_peers_word(s: Scene) -> None:
     """The same when B leaves in order: nothing failed, and nothing stands still."""
     s.pair()
-    s.a.data.hold_ms = 400
+    s.a.data.hold_ms["write"] = 400
     pending = s.begin_write(s.a, 0, 512)
     s.run(20)
     s.stop(s.b)

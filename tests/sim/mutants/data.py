@@ -393,6 +393,19 @@ DATA: Final = (
         sequences=("local_disk_hangs",), quick=True,
     ),
     Mutant(
+        "no-sync-bound", 8,
+        "a primary whose disk takes no sync any more serves on, and every flush hangs for ever",
+        core("upkeep", "        if not operation.local_done or operation in node.syncing:\n",
+             "        if not operation.local_done:\n"),
+        sequences=("flush_hangs",), quick=True,
+    ),
+    Mutant(
+        "no-read-bound", 8,
+        "a primary whose disk does not return a read serves on, though its peer could read it",
+        core("upkeep", "node.locks.oldest_shared()\n", "None\n"),
+        sequences=("read_hangs",),
+    ),
+    Mutant(
         "no-window-bound", 8,
         "a peer that does not read makes this node hold everything in memory",
         core("session", "        ) or not self.live\n\n    def room",
