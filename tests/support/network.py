@@ -4,8 +4,11 @@ Owns the namespaces, each held by a process that reads from this one: when this 
 whatever way, they end, and cable and rules with them. They have no name, so nothing can be left
 behind. A fault is a rule at the receiver (nftables), so the sender never hears of it. Must never:
 touch a namespace that it did not make.
+
+`Switched` has a third host, the router, and a second network that only the nodes are on.
 """
 
+import itertools
 import re
 import subprocess
 from typing import Self
@@ -13,7 +16,23 @@ from typing import Self
 ADDRESSES = {"alpha": "192.0.2.1", "beta": "192.0.2.2"}  # RFC 5737; seen in no other namespace
 OTHER = {"alpha": "beta", "beta": "alpha"}
 HOLD = ("unshare", "--net", "sh", "-c", "echo ready; exec cat")
+ROUTER = "router"
+# The second network is of RFC 5737, too.
+WIRES = {
+    "cable": {**ADDRESSES, ROUTER: "192.0.2.254"},
+    "second": {"alpha": "203.0.113.1", "beta": "203.0.113.2"},
+}
 END_S = 10.0
+SWITCH_RULES = """
+table bridge faults
+delete table bridge faults
+table bridge faults {{
+  chain forward {{
+    type filter hook forward priority 0; policy accept;
+    {rules}
+  }}
+}}
+"""
 RULES = """
 table inet faults
 delete table inet faults
@@ -29,10 +48,12 @@ table inet faults {{
 class Network:
     """The hosts `alpha` and `beta`, and what happens to the packets between them."""
 
+    HELD: tuple[str, ...] = tuple(ADDRESSES)
+
     def __init__(self) -> None:
         self._holders: dict[str, subprocess.Popen[bytes]] = {}
         try:
-            for name in ADDRESSES:
+            for name in self.HELD:
                 self._holders[name] = hold()
             self._connect()
         except BaseException:
@@ -110,6 +131,52 @@ class Network:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Switched(Network):
+    """`alpha`, `beta` and `router` on one switch; the nodes on a second one, too.
+
+    On each host the first network is `cable`, the second is `second`. What the switches drop is
+    dropped whatever it is: questions for a neighbour, echoes, virtual addresses.
+    """
+
+    HELD = ("switch", *ADDRESSES, ROUTER)
+
+    def _connect(self) -> None:
+        for wire, places in WIRES.items():
+            self.run("switch", "ip", "link", "add", "name", wire, "type", "bridge")
+            self.run("switch", "ip", "link", "set", wire, "up")
+            for name, address in places.items():
+                port = f"{name}-{wire}"
+                self.run("switch", "ip", "link", "add", "name", port, "type", "veth", "peer",
+                         "name", wire, "netns", str(self._holders[name].pid))  # fmt: skip
+                self.run("switch", "ip", "link", "set", port, "master", wire, "up")
+                self.run(name, "ip", "address", "add", f"{address}/24", "dev", wire)
+                for each in (wire, "lo"):
+                    self.run(name, "ip", "link", "set", each, "up")
+
+    def block(self, *ways: tuple[str, str], wires: tuple[str, ...] = tuple(WIRES)) -> None:
+        """From now on nothing gets from the first to the second of each pair; all else does."""
+        rules = [
+            f'iifname "{sender}-{wire}" oifname "{receiver}-{wire}" drop;'
+            for sender, receiver in ways
+            for wire in wires
+        ]
+        self.run("switch", "nft", "-f", "-", given=SWITCH_RULES.format(rules="\n    ".join(rules)))
+
+    def part(self, one: str, other: str, *, wires: tuple[str, ...] = tuple(WIRES)) -> None:
+        """From now on these two hosts do not hear each other; each hears the third."""
+        self.block((one, other), (other, one), wires=wires)
+
+    def isolate(self, *names: str) -> None:
+        """From now on each of these hosts hears nobody, and nobody hears it."""
+        pairs = itertools.permutations((*ADDRESSES, ROUTER), 2)
+        self.block(*(pair for pair in pairs if set(pair) & set(names)))
+
+    def heal(self) -> None:
+        """Every packet arrives again."""
+        self.block()
+        super().heal()
 
 
 def hold() -> "subprocess.Popen[bytes]":
