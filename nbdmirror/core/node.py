@@ -218,7 +218,8 @@ class Node(Durable):
 
         Raises:
             StoreError: it is not; this copy has failed, for what it lost is clean in the cache.
-            RefusedError: a local write does not return; nothing was decided.
+            RefusedError: a local write does not return, or this copy failed otherwise meanwhile;
+                nothing was decided.
         """
         if not self.failed:
             yield from self.legs_ended(lambda op: op.verdict is Verdict.ACKNOWLEDGED)
@@ -228,6 +229,8 @@ class Node(Durable):
             self.note_failure(str(error))
             yield from self.record_failure()
             raise
+        if self.failed:
+            raise RefusedError(f"this node's disk failed: {self.failed}; nothing was decided")
 
     def note_failure(self, reason: str, *, lost: bool = True) -> None:
         """This copy failed; nobody waits for what its disk will not do any more.

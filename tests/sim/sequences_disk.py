@@ -15,6 +15,7 @@ from nbdmirror.core.ports import ReadBuffer
 from nbdmirror.core.session import Phase
 from nbdmirror.core.superblock import DataState, Flags
 from nbdmirror.core.upkeep import LOCAL_IO_FACTOR
+from nbdmirror.errors import RefusedError
 from nbdmirror.limits import ACK_TIMEOUT_MS
 from tests.sim.disk import CHANGES
 from tests.sim.host import Host
@@ -196,6 +197,26 @@ def last_copy_is_full(s: Scene) -> None:
     s.heal()
     s.synced()
     s.both_have(kept)
+
+
+def failure_while_the_right_is_taken(s: Scene) -> None:
+    """A read fails while `alone` waits for its flush: the right is not taken by a failed copy."""
+    s.pair()
+    s.write(s.a, 5)
+    s.part()
+    pending = s.begin_write(s.a, 7)
+    s.a.data.slow_factor = SLOW_FACTOR
+    ended = s.begin(s.a, roles.alone(s.node(s.a)))
+    s.run(50)
+    s.a.data.fail(errno.EIO, "read")
+    s.begin_read(s.a, 9)
+    s.until(lambda: s.node(s.a).failed)
+    assert not ended
+    s.until(lambda: ended)
+    assert isinstance(ended[0][1], RefusedError)
+    assert not s.node(s.a).right
+    s.run(1000)
+    assert pending.problem is None
 
 
 def full_in_the_joint_step(s: Scene) -> None:

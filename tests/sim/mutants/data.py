@@ -388,9 +388,16 @@ DATA: Final = (
     Mutant(
         "no-local-bound", 8,
         "a disk that does not return freezes the primary for ever beside a good peer",
-        core("upkeep", "            if now_ms - self.local_mark[1] > limit_ms:\n",
+        core("upkeep", "            if now_ms - since_ms > limit_ms:\n",
              "            if limit_ms < 0:\n"),
         sequences=("local_disk_hangs",), quick=True,
+    ),
+    Mutant(
+        "right-over-a-failure", 5,
+        "a copy that fails while its flush is under way goes on alone, and acknowledges",
+        core("node", "        if self.failed:\n            raise RefusedError(f\"this node's disk",
+             "        if False:\n            raise RefusedError(f\"this node's disk"),
+        sequences=("failure_while_the_right_is_taken",),
     ),
     Mutant(
         "no-sync-bound", 8,
