@@ -86,6 +86,7 @@ class Node:
     data_dir: Path
     run_dir: Path
     heartbeats: tuple[Address, ...]
+    probe: Address | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,6 @@ class Config:
     preferred: str
     ping: PingSection
     controller: ControllerSection
-    probe: Address | None
     mount: MountSection
     application: ApplicationSection
     virtual_addresses: tuple[VirtualAddressSection, ...]
@@ -122,6 +122,11 @@ class Config:
     def metadata_file(self) -> Path:
         """The metadata file of this node."""
         return self.me.data_dir / "meta"
+
+    @property
+    def probe(self) -> Address | None:
+        """Where this node answers load balancers."""
+        return self.me.probe
 
     @property
     def control_socket(self) -> Path:
@@ -196,7 +201,6 @@ def _build(path: Path, parsed: ConfigFile, name: str, key: bytes) -> Config:
         preferred=parsed.preferred,
         ping=parsed.ping,
         controller=parsed.controller,
-        probe=parsed.probe.address,
         mount=parsed.mount,
         application=parsed.application,
         virtual_addresses=tuple(parsed.virtual_address),
@@ -209,7 +213,8 @@ def _node(parsed: ConfigFile, name: str) -> Node:
     data_dir = section.data_dir or paths.data_dir or Path("/var/lib/nbdmirror", parsed.mirror)
     run_dir = section.run_dir or paths.run_dir or Path("/run/nbdmirror", parsed.mirror)
     heartbeats = tuple(section.heartbeats) or (section.address,)
-    return Node(name, section.id, section.address, data_dir, run_dir, heartbeats)
+    probe = section.probe or parsed.probe.address
+    return Node(name, section.id, section.address, data_dir, run_dir, heartbeats, probe)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -122,6 +122,9 @@ class NodeSection(Section):
         "where this node takes heartbeats (UDP), one for each network, in the same order on both "
         "nodes; default: the address of the peer channel",
     )
+    probe: AnyAddress | None = key_field(
+        None, "address", "IP:port or [IPv6]:port", "overrides probe.address on this node"
+    )
     data_dir: AbsolutePath | None = key_field(
         None, "path", "an absolute path", "overrides paths.data_dir on this node"
     )

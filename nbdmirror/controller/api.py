@@ -153,6 +153,12 @@ class Api:
 
     async def _start(self, _args: Arguments) -> str:
         c = self._conductor
+        if c.peer_heard() and c.config_differs() and not c.supervisor.alive:
+            found = "; ".join(c.comparison.differences) or "which keys is being found out"
+            raise RefusedError(
+                f"start: the configuration of this node is not that of {c.config.peer.name}: "
+                f"{found}. Make the two files equal, then restart this controller"
+            )
         c.supervisor.forgive()
         problem = c.orders.start()
         return said("this node shall run", problem)

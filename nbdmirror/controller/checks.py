@@ -85,8 +85,11 @@ def _said(error: OSError) -> str:
 
 def _printable(text: str) -> str:
     """Text from outside as a part of one line: no control characters, and not too long."""
-    words = "".join(each if each.isprintable() else " " for each in text).split()
-    return " ".join(words)[:REASON_CHARS_MAX]
+    return _one_line(text)[:REASON_CHARS_MAX]
+
+
+def _one_line(text: str) -> str:
+    return " ".join("".join(each if each.isprintable() else " " for each in text).split())
 
 
 # --- on a thread --------------------------------------------------------------------------------
@@ -249,8 +252,15 @@ def _write(path: Path) -> None:
 
 # --- as a process -------------------------------------------------------------------------------
 
-# Processes that SIGKILL did not end at once, by the name of the checker.
+# Processes that SIGKILL has not ended yet, by the name of the checker.
 _unkillable: dict[str, asyncio.subprocess.Process] = {}
+
+
+def _hangs(name: str) -> str:
+    before = _unkillable.get(name)
+    if before is None or before.returncode is not None:
+        return ""
+    return f"the last run, process {before.pid}, hangs and cannot be killed"
 
 
 class _Output:
@@ -272,7 +282,8 @@ class _Output:
     def text(self) -> str:
         """The last of what the process said, in one line."""
         self._take()
-        return _printable(self._said.decode("utf-8", "replace"))
+        # Programs say last what was wrong.
+        return _one_line(self._said.decode("utf-8", "replace"))[-REASON_CHARS_MAX:]
 
     def close(self) -> None:
         """Give the pipe back."""
@@ -286,10 +297,6 @@ async def _run(name: str, words: Sequence[str]) -> tuple[int, str]:
 
     Cancelled, or ended, it leaves no process of its session's group behind. Raises OSError.
     """
-    before = _unkillable.pop(name, None)
-    if before is not None and before.returncode is None:
-        _unkillable[name] = before
-        return 1, f"the last run, process {before.pid}, hangs and cannot be killed"
     output = _Output()
     try:
         process = await asyncio.create_subprocess_exec(
@@ -316,11 +323,13 @@ async def _end(name: str, process: asyncio.subprocess.Process) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     if process.returncode is None:
-        try:
-            async with asyncio.timeout(KILL_WAIT_S):
-                await process.wait()
-        except TimeoutError:
-            _unkillable[name] = process
+        _unkillable[name] = process
+        # Not asyncio.timeout: within one that has run out it raises CancelledError (Python 3.11.2).
+        gone = asyncio.ensure_future(process.wait())
+        await asyncio.wait((gone,), timeout=KILL_WAIT_S)
+        gone.cancel()
+    if process.returncode is not None:
+        _unkillable.pop(name, None)
 
 
 def _environment() -> Mapping[str, str]:
@@ -330,6 +339,8 @@ def _environment() -> Mapping[str, str]:
 
 
 async def _command(section: CheckerSection) -> str:
+    if hangs := _hangs(section.name):
+        return hangs
     # The loop waits until the new process has become its program, and a program on a file system
     # that hangs is not read: so it is `nice`, from the system's own disk, that becomes the program.
     nice = shutil.which("nice", path=PATH)
@@ -344,6 +355,8 @@ async def _command(section: CheckerSection) -> str:
 
 async def _unit(section: CheckerSection) -> str:
     assert section.unit is not None, "the configuration requires it"
+    if hangs := _hangs(section.name):
+        return hangs
     systemctl = shutil.which("systemctl")
     if systemctl is None:
         return "systemd does not run here: there is no systemctl"

@@ -12,13 +12,14 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from nbdmirror.config import Config
-from nbdmirror.controller import arbiter
+from nbdmirror.controller.arbiter import Arbiter
 from nbdmirror.controller.checkers import Checkers
 from nbdmirror.controller.dead_engine import dead_engine
 from nbdmirror.controller.dialogs import Dialogs
 from nbdmirror.controller.engine_link import EngineLink
 from nbdmirror.controller.heart import Heart, boottime_ms
 from nbdmirror.controller.orders import Orders
+from nbdmirror.controller.reload import Comparison, facts_of
 from nbdmirror.controller.service import Service
 from nbdmirror.controller.supervisor import KILL_S, Supervisor
 from nbdmirror.controller.switches import Switches, stored
@@ -47,6 +48,7 @@ class Conductor:
         self.config = config
         self.events = events
         self._config_id = config_id
+        self.comparison = Comparison(facts_of(config))
         self.switches = Switches(config.switches_file)
         self.orders = Orders(config, self.switches, self.tell)
         self.service = Service(config, self.tell, self.wake)
@@ -75,6 +77,7 @@ class Conductor:
         self._died_serving = False
         self._spoken = True
         self._asked_peer = False
+        self._arbiter = Arbiter()
         self._verdict = Verdict.UNASKED
         self.verdict_reason = ""
         self._verdict_s = 0.0
@@ -143,6 +146,7 @@ class Conductor:
             return
         before, self.peer_body = self.peer_body, body
         self.dialogs.take(body)
+        self.comparison.take(body)
         if before is None or (before.role, before.readiness) != (body.role, body.readiness):
             self.events.emit("peer", role=body.role, readiness=body.readiness, reason=body.reason)
         self.wake()
@@ -272,6 +276,7 @@ class Conductor:
         engine = v.engine
         if engine is not None and (engine.phase or not (engine.frozen or policy.silent(v))):
             self._asked_peer = False
+            self._arbiter.heard()
             self._verdict = Verdict.UNASKED
         if self._verdict is Verdict.NO and boottime_ms() / 1000 - self._verdict_s > VERDICT_S:
             self._verdict = Verdict.UNASKED
@@ -323,6 +328,7 @@ class Conductor:
             service=v.service.value,
             data_state=engine.data_state if engine is not None else "",
             config=self._config_id,
+            piece=self.comparison.piece() if self.config_differs() else None,
             ask=parts.ask,
             answer=parts.answer,
             word=parts.word,
@@ -416,7 +422,9 @@ class Conductor:
         await self._command("alone")
 
     async def _ask_arbiter(self) -> None:
-        self._verdict, self.verdict_reason = await arbiter.ask(self.config)
+        self._verdict, self.verdict_reason = await self._arbiter.ask(
+            self.config, boottime_ms()
+        )
         self._verdict_s = boottime_ms() / 1000
         self.tell(f"arbiter {self.config.arbiter.name.lower()}: {self._verdict.value}: "
                   f"{self.verdict_reason}")  # fmt: skip
@@ -495,6 +503,7 @@ class Conductor:
     def reconfigure(self, config: Config, identity: str) -> None:
         """Use another configuration from now on, as far as it can take effect online."""
         old, self.config, self._config_id = self.config, config, identity
+        self.comparison = Comparison(facts_of(config))
         self.orders.reconfigure(config)
         self.service.application.reconfigure(config.application)
         if old.checkers != config.checkers:

@@ -13,6 +13,8 @@ from blake3 import blake3
 from pydantic import BaseModel
 
 from nbdmirror.config import Config, load
+from nbdmirror.core.cluster.body import PIECE_CHARS, PIECES_MAX, Body, Piece
+from nbdmirror.core.messages import printable
 from nbdmirror.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ ONLINE: Final = frozenset({"takeover", "preferred", "ping", "application", "chec
 ONLINE_KEYS: Final = frozenset({"controller.actions_max", "controller.actions_window_h"})
 FIXED: Final = frozenset({"mirror", "key_file", "arbiter", "me", "peer", "device"})
 CONFIG_ID_CHARS: Final = 16
+DIFFERENCE_CHARS_MAX: Final = 400
 
 
 def facts_of(config: Config) -> dict[str, str]:
@@ -37,12 +40,10 @@ def facts_of(config: Config) -> dict[str, str]:
         "engine": config.engine,
         "ping": config.ping,
         "controller": config.controller,
-        "probe.address": str(config.probe) if config.probe else None,
         "mount": config.mount,
         "application": config.application,
         "virtual_addresses": list(config.virtual_addresses),
         "checkers": list(config.checkers),
-        "export.unix": str(config.export_unix),
         "export.tcp": str(config.export_tcp) if config.export_tcp else None,
     }
     for node in sorted((config.me, config.peer), key=lambda each: each.id):
@@ -50,6 +51,7 @@ def facts_of(config: Config) -> dict[str, str]:
             "id": node.id,
             "address": str(node.address),
             "heartbeats": [str(each) for each in node.heartbeats],
+            "probe": str(node.probe) if node.probe else None,
             "data_dir": str(node.data_dir),
             "run_dir": str(node.run_dir),
         }
@@ -75,12 +77,57 @@ def flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def config_id(config: Config) -> str:
-    """What both nodes have in common when their files say the same. Paths of one node count, too:
-    the file is one.
-    """
-    facts = {k: v for k, v in facts_of(config).items() if not k.startswith("export.unix")}
-    text = json.dumps(facts, sort_keys=True)
+    """What both nodes have in common when their files say the same."""
+    text = json.dumps(facts_of(config), sort_keys=True)
     return blake3(text.encode()).hexdigest()[:CONFIG_ID_CHARS]
+
+
+class Comparison:
+    """The configurations of two nodes, carried over by heartbeats, a piece in each."""
+
+    def __init__(self, facts: dict[str, str]) -> None:
+        self._facts = facts
+        text = json.dumps(facts, sort_keys=True)
+        size = PIECE_CHARS
+        self._pieces = [text[at : at + size] for at in range(0, len(text), size)][:PIECES_MAX]
+        self._next = 0
+        self._theirs: dict[int, str] = {}
+        self._of = ("", 0)
+        self.differences: list[str] = []
+
+    def piece(self) -> Piece:
+        """The next one to say."""
+        index, count = self._next, len(self._pieces)
+        self._next = (index + 1) % count
+        return Piece(index=index, count=count, text=self._pieces[index])
+
+    def take(self, body: Body) -> None:
+        """What the peer's heartbeat brings; `differences` is new when all of it is there."""
+        piece = body.piece
+        if piece is None:
+            if self._of != (body.config, 0):
+                self._of, self._theirs, self.differences = (body.config, 0), {}, []
+            return
+        if self._of != (body.config, piece.count):
+            self._of, self._theirs = (body.config, piece.count), {}
+        self._theirs[piece.index] = piece.text
+        if len(self._theirs) == piece.count:
+            self.differences = self._compared("".join(self._theirs[n] for n in range(piece.count)))
+
+    def _compared(self, text: str) -> list[str]:
+        try:
+            theirs = json.loads(text)
+        except ValueError:
+            return []
+        if not isinstance(theirs, dict):
+            return []
+        keys = sorted({*self._facts, *map(str, theirs)})
+        return [
+            printable(f"{key}: here {self._facts.get(key, 'not set')}, there "
+                      f"{theirs.get(key, 'not set')}")[:DIFFERENCE_CHARS_MAX]
+            for key in keys
+            if self._facts.get(key) != theirs.get(key)
+        ]  # fmt: skip
 
 
 def plan_of(conductor: "Conductor", *, dry_run: bool) -> dict[str, Any]:

@@ -84,6 +84,7 @@ def peer_facts(c: "Conductor", v: View) -> dict[str, Any]:
         "data_state": body.data_state if body is not None else "",
         "silent_ms": c.heart.silent_ms() if c.heart.ever_heard() else None,
         "config_differs": c.config_differs(),
+        "config_differences": c.comparison.differences if c.config_differs() else [],
     }
 
 
@@ -149,9 +150,16 @@ def explain(c: "Conductor", v: View) -> list[str]:
         ("It is held back", v.held_back),
         ("The application", c.service.reason),
         ("The other node", "" if v.peer.heard else "it is not heard on any network"),
-        ("The configurations", "they differ: make them equal" if c.config_differs() else ""),
+        ("The configurations differ", differences(c)),
     )
     return [f"{what}: {why}" for what, why in pairs if why]
+
+
+def differences(c: "Conductor") -> str:
+    """What the two configurations do not have in common, "" while they are equal."""
+    if not c.config_differs():
+        return ""
+    return "; ".join(c.comparison.differences) or "what differs is being found out"
 
 
 def remedy(v: View, error: str) -> str:

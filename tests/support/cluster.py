@@ -261,7 +261,7 @@ class Cluster:
         return ClusterNode(name, path, self.root)
 
     def config_text(self, name: str, more: str) -> str:
-        """The configuration of `name`: as the other's, but for the address of the probe."""
+        """The configuration, the same for both."""
         lines = [
             'mirror = "demo"',
             f'key_file = "{self.root / "key"}"',
@@ -275,8 +275,8 @@ class Cluster:
                 f'address = "{host}:{PEER_PORT}"',
                 f'data_dir = "{self.root / node / "data"}"',
                 f'run_dir = "{self.root / node / "run"}"',
+                f'probe = "{host}:{PROBE_PORT}"',
             ]
-        lines += ["[probe]", f'address = "{self.hosts[name]}:{PROBE_PORT}"']
         return "\n".join(lines) + "\n" + more.replace("{root}", str(self.root)) + "\n"
 
     @property

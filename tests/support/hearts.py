@@ -101,7 +101,8 @@ def nodes(networks: int = 1) -> tuple[Node, Node]:
 
 def node(node_id: int, beats: tuple[Address, ...]) -> Node:
     nowhere = Path("/nowhere")
-    return Node(f"n{node_id}", node_id, Address("127.0.0.1", node_id), nowhere, nowhere, beats)
+    own = Address("127.0.0.1", node_id)
+    return Node(f"n{node_id}", node_id, own, nowhere, nowhere, beats, None)
 
 
 class Ear:

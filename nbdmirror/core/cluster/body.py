@@ -18,6 +18,8 @@ from nbdmirror.errors import PeerProtocolError
 BODY_VERSION: Final = 1
 REASON_CHARS_MAX: Final = 160
 SHORT_CHARS_MAX: Final = 40
+PIECE_CHARS: Final = 240
+PIECES_MAX: Final = 400
 
 _Id = Annotated[str, Field(max_length=SHORT_CHARS_MAX, pattern=r"^[0-9a-f]*$")]
 _Short = Annotated[str, Field(max_length=SHORT_CHARS_MAX)]
@@ -54,6 +56,14 @@ class Word(_Part):
     session: _Id
 
 
+class Piece(_Part):
+    """One piece of the sender's configuration, as text; said while the two differ."""
+
+    index: Annotated[int, Field(ge=0, lt=PIECES_MAX)]
+    count: Annotated[int, Field(ge=1, le=PIECES_MAX)]
+    text: Annotated[str, Field(max_length=PIECE_CHARS)]
+
+
 class Body(_Part):
     """One heartbeat. `please`: the id of a request to leave. `done`: of a word that was stored."""
 
@@ -74,6 +84,7 @@ class Body(_Part):
     service: _Short = "down"
     data_state: _Short = ""
     config: _Id = ""
+    piece: Piece | None = None
     ask: Ask | None = None
     answer: Answer | None = None
     word: Word | None = None
@@ -89,11 +100,16 @@ def short(text: str) -> str:
 
 
 def encode(body: Body) -> bytes:
-    """The bytes of a body; without its reason where they would be too many."""
-    facts = body.model_dump(exclude_defaults=True) | {"v": BODY_VERSION}
-    data = json.dumps(facts, separators=(",", ":")).encode()
-    if len(data) > BODY_BYTES_MAX:
-        data = json.dumps({**facts, "reason": ""}, separators=(",", ":")).encode()
+    """The bytes of a body; without what is only for show where they would be too many."""
+    data = b""
+    for left_out in ((), ("piece",), ("piece", "reason"), ("piece", "reason", "answer_reason")):
+        facts = body.model_dump(exclude_defaults=True) | {"v": BODY_VERSION}
+        if "answer_reason" in left_out and isinstance(facts.get("answer"), dict):
+            facts["answer"] = facts["answer"] | {"reason": ""}
+        kept = {name: value for name, value in facts.items() if name not in left_out}
+        data = json.dumps(kept, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(data) <= BODY_BYTES_MAX:
+            break
     assert len(data) <= BODY_BYTES_MAX, "the parts of a body are bounded"
     return data
 

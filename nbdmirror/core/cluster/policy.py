@@ -126,28 +126,33 @@ def may_take_over(v: View) -> bool:
     return v.settings.takeover and v.settings.failover
 
 
+def own_facts(v: View) -> tuple[object, ...]:
+    """What this node brings into an election. Whenever it changes, its `facts_id` changes, too."""
+    was = v.engine is not None and v.engine.was_primary
+    return promotable(v), was, bool(v.held_back), v.wanted, v.engine is None, v.swap_to, v.settings
+
+
 def candidate(v: View) -> int:
     """Which of two connected nodes without a primary becomes it; 0 for neither.
 
     The only one that can; else the one a swap goes to; else the last primary; else the preferred
-    one; else the lower id. Both nodes compute it from the same facts, and one goes on only when the
-    other has named it, too.
+    one; else the lower id. A function of both nodes' facts, so both come to the same answer.
     """
-    s = v.settings
+    s, p = v.settings, v.peer
     mine = promotable(v)
-    theirs = v.peer.promotable and not v.peer.held_back and v.peer.wanted and v.peer.engine
+    theirs = p.heard and p.promotable and not p.held_back and p.wanted and p.engine
     if not (mine and theirs):
         able = s.node_id if mine else s.peer_id if theirs else 0
-        was = engine(v).was_primary if mine else v.peer.was_primary
+        was = engine(v).was_primary if mine else p.was_primary
         return able if s.takeover or was else 0
-    target = v.swap_to or v.peer.swap_to
+    target = v.swap_to or p.swap_to
     if target in (s.node_id, s.peer_id):
         return target
     last = [
         node
         for node, was in (
             (s.node_id, engine(v).was_primary),
-            (s.peer_id, v.peer.was_primary),
+            (s.peer_id, p.was_primary),
         )
         if was
     ]
@@ -159,17 +164,18 @@ def candidate(v: View) -> int:
 
 
 def elected(v: View) -> bool:
-    """Whether both name this node. A peer without a controller names nobody and takes nothing."""
-    e = engine(v)
-    if not e.synced or e.peer_primary or not promotable(v):
+    """Whether both name this node, and the other one did so knowing what is true here now.
+
+    Else a node that was held back for a moment, and had been named before it, would go on just when
+    the other one does. With this, both would have to be named over the same facts of both nodes.
+    A peer without a controller names nobody and takes nothing.
+    """
+    e, p, me = engine(v), v.peer, v.settings.node_id
+    if not e.synced or e.peer_primary or not promotable(v) or candidate(v) != me:
         return False
-    if not e.peer_attended and not v.peer.heard:
-        return True
-    return (
-        v.peer.heard
-        and candidate(v) == v.settings.node_id
-        and v.peer.candidate == v.settings.node_id
-    )
+    if not p.heard:
+        return not e.peer_attended
+    return p.candidate == me and p.facts_seen == v.facts_id
 
 
 def swap_back(v: View) -> bool:
@@ -208,6 +214,11 @@ def verdict_is(*verdicts: Verdict) -> Test:
 def order_is(kind: OrderKind) -> Test:
     """A test of the order."""
     return lambda v: v.order is kind
+
+
+def ordered(v: View) -> bool:
+    """Whether an operator wants this node to serve, and nobody does."""
+    return v.order is OrderKind.PRIM and not peer_serves(v)
 
 
 def both(*tests: Test) -> Test:
@@ -278,6 +289,11 @@ TABLE: Final[tuple[Row, ...]] = (
         and (v.peer.wanted or v.peer.engine),
         Step.NOTHING, lambda v: f"stopping: waiting until {v.settings.peer_name} has stopped",
     ),
+    # Of a stopped node, too: the peer may have taken over the address that is still here.
+    Row(
+        "leftovers", lambda v: v.leftovers and v.service is Service.DOWN, Step.CLEAN,
+        "something of an earlier life is still here (rule 22)",
+    ),
     Row(
         "stop engine", lambda v: not v.wanted and v.engine is not None, Step.STOP_ENGINE,
         lambda v: f"stopping: {v.stop_reason}",
@@ -290,10 +306,6 @@ TABLE: Final[tuple[Row, ...]] = (
     Row(
         "not served", lambda v: not is_primary(v) and runs_something(v), Step.LEAVE,
         "the engine here does not serve any more: what runs on its device is taken down",
-    ),
-    Row(
-        "leftovers", lambda v: v.leftovers and v.service is Service.DOWN, Step.CLEAN,
-        "something of an earlier life is still here (rule 22)",
     ),
     # 2. The engine is kept alive.
     Row("given up", both(no_engine, lambda v: bool(v.engine_given_up)), Step.NOTHING,
@@ -374,7 +386,11 @@ TABLE: Final[tuple[Row, ...]] = (
     Row("primary", is_primary, Step.NOTHING, "this node serves, and the peer has every write"),
     # 4. A node that is not primary.
     Row(
-        "ordered", both(order_is(OrderKind.PRIM), lambda v: not peer_serves(v)), Step.PROMOTE,
+        "ordered, held back", both(ordered, lambda v: bool(v.held_back)), Step.NOTHING,
+        lambda v: f"to be made primary, but not yet: {v.held_back}",
+    ),
+    Row(
+        "ordered", ordered, Step.PROMOTE,
         lambda v: f"made primary: {v.order_from}",
     ),
     Row("disk failed", lambda v: bool(engine(v).failed), Step.NOTHING,

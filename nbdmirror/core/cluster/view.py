@@ -100,7 +100,7 @@ class Peer:
     """The peer's controller, as its newest heartbeat has it. All defaults: never heard.
 
     `heard`: a fresh one came within the silence. `candidate` is the node id that it would make
-    primary, 0 for none.
+    primary, 0 for none; `facts_seen` is the `facts_id` of this node that it knew then.
     """
 
     heard: bool = False
@@ -114,6 +114,8 @@ class Peer:
     was_primary: bool = False
     held_back: bool = False
     candidate: int = 0
+    facts_id: str = ""
+    facts_seen: str = ""
     swap_to: int = 0
     deposed: bool = False
     stop_both: bool = False
@@ -164,6 +166,7 @@ class View:
     order: OrderKind | None = None
     order_from: str = ""
     swap_to: int = 0
+    facts_id: str = ""
 
 
 def engine_of(state: Mapping[str, Any]) -> Engine:
