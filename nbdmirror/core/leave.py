@@ -15,7 +15,9 @@ from nbdmirror.core.node import PEER_LEFT, Node, Role
 from nbdmirror.core.ports import Path
 from nbdmirror.core.session import Phase, Session
 from nbdmirror.core.superblock import DataState, Flags, PendingKind, Superblock
-from nbdmirror.errors import NbdMirrorError, PeerProtocolError, RefusedError
+from nbdmirror.errors import NbdMirrorError, PeerProtocolError, RefusedError, StoreError
+
+STAY_AGAIN_S = 1.0
 
 
 def ask_to_leave(node: Node, session: Session) -> Path:
@@ -83,7 +85,9 @@ def reason_to_leave(node: Node) -> str:
 def peer_left(node: Node, session: Session, message: Left) -> Path:
     """The peer is durably outdated and says so: flush, store it, and go on without it.
 
-    Rule 10: what both had acknowledged is durable here before "peer outdated" is stored.
+    Rule 10: what both had acknowledged is durable here before "peer outdated" is stored. While the
+    local disk holds that up, the word is kept, and other commands have their turn in between. It is
+    true until a joint step begins, and that shows in this node's own generations.
     """
     bound = (message.mirror_id, message.generation, message.leaver, message.stayer, message.session)
     mine = (
@@ -96,11 +100,28 @@ def peer_left(node: Node, session: Session, message: Left) -> Path:
     if bound != mine:
         raise PeerProtocolError("the word of leaving is not bound to this session")
     node.lose_session(session, "the peer left and is outdated")
-    yield from node.wait_to_change(PEER_LEFT)
-    try:
-        yield from stay(node, session)
-    finally:
-        node.end_change()
+    while is_open(node, message.generation):
+        yield from node.wait_to_change(PEER_LEFT)
+        try:
+            yield from stay(node, session)
+        except (RefusedError, StoreError) as error:
+            node.shell.emit("peer-left", stored=False, reason=str(error))
+        else:
+            return
+        finally:
+            node.end_change()
+        yield (node.shell.waiter().wait, STAY_AGAIN_S)
+
+
+def is_open(node: Node, generation: bytes) -> bool:
+    """Whether the word of a peer that left is still to be stored: nothing else was decided."""
+    return (
+        node.session is None
+        and not node.stopping
+        and not node.failed
+        and node.sb.generation == generation
+        and node.sb.pending == NO_GENERATION
+    )
 
 
 def stay(node: Node, session: Session) -> Path:

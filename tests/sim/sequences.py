@@ -56,6 +56,7 @@ SEQUENCES: Final = {
         disk.durable_write_not_synced, disk.last_copy_is_full, disk.full_in_the_joint_step,
         disk.full_before_the_joint_step, disk.flush_hangs, disk.background_flush_hangs,
         disk.read_hangs, disk.failure_while_the_right_is_taken,
+        disk.peer_left_behind_a_late_write, disk.peer_back_before_its_word_is_stored,
         disk.late_write_before_a_swap, disk.late_write_behind_a_cut,
         disk.only_copy_with_a_hung_write, disk.failure_beside_a_hung_write,
         disk.request_of_an_earlier_term, disk.pieces_and_a_decision,

@@ -304,6 +304,39 @@ def read_hangs(s: Scene) -> None:
 # --- a local write that takes its time ---------------------------------------------------------
 
 
+def peer_left_behind_a_late_write(s: Scene) -> None:
+    """B leaves while a write hangs on A, longer than a flush waits: A goes on when it returns."""
+    s.pair()
+    s.write(s.a, 5)
+    s.a.data.hold_ms["write"] = HELD_MS
+    pending = s.begin_write(s.a, 7)
+    s.run(200)
+    s.stop(s.b)
+    assert s.on_disk(s.b).data_state is DataState.OUTDATED
+    other = s.begin_write(s.a, 3000)
+    s.until(lambda: s.told("A peer-left stored=False"))
+    assert other.problem is None
+    s.until(lambda: Flags.PEER_OUTDATED in s.on_disk(s.a).flags, 2 * HELD_MS)
+    s.until(lambda: pending.acknowledged and other.acknowledged)
+
+
+def peer_back_before_its_word_is_stored(s: Scene) -> None:
+    """The same, but B comes back first: its word counts no more, and nobody goes alone."""
+    s.pair()
+    s.write(s.a, 5)
+    s.a.data.hold_ms["write"] = HELD_MS
+    pending = s.begin_write(s.a, 7)
+    s.run(200)
+    s.stop(s.b)
+    s.until(lambda: s.told("A peer-left stored=False"))
+    s.start(s.b)
+    s.until(lambda: pending.acknowledged, 2 * HELD_MS)
+    s.synced()
+    s.run(2 * HELD_MS)
+    assert Flags.PEER_OUTDATED not in s.on_disk(s.a).flags
+    assert s.checker.both_synced()
+
+
 def late_write_before_a_swap(s: Scene) -> None:
     """A's own leg of W1 hangs over a swap: it may not land on what B sends for the same block."""
     s.pair()

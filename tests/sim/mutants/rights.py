@@ -64,6 +64,13 @@ RIGHTS: Final = (
         core("decide", "        and not (pair.mine.own_txn or pair.theirs.own_txn)\n", ""),
         sequences=("written_in_the_first_session",), quick=True,
     ),
+    Mutant(
+        "word-lost-to-a-slow-disk", 16,
+        "a peer left in order, one local write took its time, and nobody goes on by himself",
+        core("leave", "        yield (node.shell.waiter().wait, STAY_AGAIN_S)\n",
+             "        return\n"),
+        sequences=("peer_left_behind_a_late_write",),
+    ),
     # --- 9: the joint step -----------------------------------------------------------------------
     Mutant(
         "joint-keeps-right", 9,
