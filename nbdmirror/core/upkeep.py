@@ -38,6 +38,7 @@ class Upkeep:
         self.flush_ms = 0
         self.flushed_seq = 0
         self.tidy_ms = 0
+        self.tidying = False
         self.idle_seq = 0
         self.frozen_ms = 0
         self.failed_ms: int | None = None
@@ -65,10 +66,18 @@ class Upkeep:
         self.failure(now_ms)
         self.unattended(now_ms)
         self.progress(now_ms)
-        if now_ms - self.tidy_ms >= TIDY_MS:
+        if now_ms - self.tidy_ms >= TIDY_MS and not self.tidying:
             self.tidy_ms = now_ms
-            node.shell.spawn("tidy", tidy(node, self.idle_seq))
+            self.tidying = True
+            node.shell.spawn("tidy", self.tidy(self.idle_seq))
             self.idle_seq = node.seq if node.right and session is None else node.stable_seq
+
+    def tidy(self, idle_seq: int) -> Path:
+        """One tidying at a time: on a disk that hangs each would keep a worker."""
+        try:
+            yield from tidy(self.node, idle_seq)
+        finally:
+            self.tidying = False
 
     def restart(self, session: Session | None, now_ms: int) -> None:
         """Forget what was measured before."""

@@ -11,14 +11,14 @@ from typing import Any
 
 from nbdmirror.core import io, roles
 from nbdmirror.core.node import Role, Settings
-from nbdmirror.core.ports import ReadBuffer
+from nbdmirror.core.ports import Path, ReadBuffer
 from nbdmirror.core.session import Phase
 from nbdmirror.core.superblock import DataState, Flags
 from nbdmirror.core.upkeep import LOCAL_IO_FACTOR
 from nbdmirror.errors import RefusedError
 from nbdmirror.limits import ACK_TIMEOUT_MS
 from tests.sim.disk import CHANGES
-from tests.sim.host import Host
+from tests.sim.host import EngineLife, Host
 from tests.sim.sequences_crashes import begin_resync
 from tests.sim.sequences_scene import NEVER_MS, Request, Scene
 
@@ -30,6 +30,19 @@ HANG_LIMIT_MS = (LOCAL_IO_FACTOR + 1) * ACK_TIMEOUT_MS
 def is_told(request: Request, error: str) -> bool:
     """Whether a request ended with that error."""
     return (request.problem or "").startswith(error)
+
+
+def spawns(life: EngineLife) -> list[str]:
+    """The names of the paths that an engine begins beside others from now on."""
+    names: list[str] = []
+    spawn = life.spawn
+
+    def noted(name: str, path: Path) -> None:
+        names.append(name)
+        spawn(name, path)
+
+    life.spawn = noted  # type: ignore[method-assign] # a look at what production begins
+    return names
 
 
 def returns(s: Scene, host: Host) -> None:
@@ -264,6 +277,19 @@ def hands_over(s: Scene) -> None:
     s.until(lambda: not s.node(s.b).changing)
     s.promote(s.b)
     s.write(s.b, 7)
+
+
+def one_tidying_at_a_time(s: Scene) -> None:
+    """A's metadata hangs: it is not tidied again and again, each time by one more worker."""
+    s.pair()
+    s.part()
+    s.alone(s.a)
+    s.write(s.a, 5)
+    s.a.meta.hold_ms["write"] = NEVER_MS
+    s.begin_write(s.a, 5000)
+    spawned = spawns(s.life(s.a))
+    s.run(60_000)
+    assert spawned.count("tidy") <= 1
 
 
 def flush_hangs(s: Scene) -> None:

@@ -12,7 +12,7 @@ from tests.sim import (
 from tests.sim.sequences import SEQUENCES, play
 
 HELPERS = {
-    "begin_resync", "until_target_took", "both_kept", "is_told", "returns", "hands_over",
+    "begin_resync", "until_target_took", "both_kept", "is_told", "returns", "hands_over", "spawns",
     "images", "put", "replaced", "old_one_is_back",
     "set_back_when_copied",
 }  # fmt: skip

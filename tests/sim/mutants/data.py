@@ -400,6 +400,12 @@ DATA: Final = (
         sequences=("failure_while_the_right_is_taken",),
     ),
     Mutant(
+        "tidied-again-and-again", 8,
+        "a disk that hangs takes one worker more every five seconds, until none is left",
+        core("upkeep", "            self.tidying = True\n", ""),
+        sequences=("one_tidying_at_a_time",),
+    ),
+    Mutant(
         "no-sync-bound", 8,
         "a primary whose disk takes no sync any more serves on, and every flush hangs for ever",
         core("upkeep", "        if not operation.local_done or operation in node.syncing:\n",
