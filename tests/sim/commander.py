@@ -150,9 +150,9 @@ class Commander:
             yield from self._try(f"{life.name} demote", roles.demote(node))
 
     def _must_stop(self, life: EngineLife) -> bool:
-        """Two primaries at contact: the one that will be the target is stopped first."""
+        """A primary at contact with the side that it will be the target of is stopped first."""
         peer = life.host.peer.life
-        if peer is None or not peer.ready or peer.node.role is not Role.PRIMARY:
+        if peer is None or not peer.ready:
             return False
         decision = self.decision() if self.net.whole else None
         return decision is not None and decision[life.host.index].stop_first
