@@ -59,7 +59,10 @@ if libc.setns(namespace, CLONE_NEWNS) or libc.umount2(os.fsencode(point), int(fl
 
 
 class Attachment:
-    """The device and the file system of one mirror, as `[mount]` has it."""
+    """The device and the file system of one mirror, as `[mount]` has it.
+
+    `request_timeout_s`: of the kernel's NBD client; has to be longer than a freeze may take.
+    """
 
     def __init__(
         self,
@@ -69,6 +72,7 @@ class Attachment:
         run_dir: Path,
         mirror: str,
         tell: Callable[[str], None],
+        request_timeout_s: int = devices.NBD_TIMEOUT_S,
     ) -> None:
         self._section = section
         point = section.point
@@ -77,6 +81,7 @@ class Attachment:
             point = Path(os.path.realpath(point.parent)) / point.name
         self._places = Places(point, export, Path(os.path.realpath(run_dir)), mirror)
         self._tell = tell
+        self._request_timeout_s = request_timeout_s
         self._attached: Attached | None = None
         self._mounted = False
         nothing = point is None or section.attach == "none"
@@ -116,7 +121,9 @@ class Attachment:
                 "it has to be removed first"
             )
         try:
-            self._attached = await devices.attach(self.kind, self._places, self._tell)
+            self._attached = await devices.attach(
+                self.kind, self._places, self._request_timeout_s, self._tell
+            )
         finally:
             if self._attached is None:
                 for each in await self.clean():
@@ -349,7 +356,8 @@ class Attachment:
         """Remove all of it, in reverse order, also when the server of the device is dead or frozen.
 
         Ends who uses the mount. Returns a sentence for everything that went wrong or is still
-        there; takes less than a minute unless the kernel holds several things at once.
+        there. Takes seconds over a dead server, and less than a minute over a frozen one; with the
+        kernel's client up to `request_timeout_s` more, so end a frozen engine first.
         """
         try:
             found = await self._look()

@@ -12,13 +12,14 @@ file system of somebody else whose server is stuck.
 """
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -36,9 +37,9 @@ COMMAND_S: Final = 10.0
 SPAWN_S: Final = 5.0
 POLL_S: Final = 0.02
 # A request of the kernel's client fails after this. Twice what a freeze may take by default: an
-# engine that waits for a verdict must not cost the file system.
+# engine that waits for a verdict must not cost the file system. Measured with Linux 6.1: while a
+# frozen engine takes no more bytes, nothing but its death frees the device any sooner.
 NBD_TIMEOUT_S: Final = 60
-LOG_BYTES_MAX: Final = 64 * KIB
 TAIL_BYTES: Final = 1 * KIB
 PACKAGES: Final = {"nbd-client": "nbd-client", "nbdfuse": "libnbd-bin or nbdfuse"}
 
@@ -65,14 +66,19 @@ def has_kernel_client() -> bool:
     return (BLOCK / "nbd0").exists() and shutil.which("nbd-client", path=PATH) is not None
 
 
-async def attach(kind: str, places: Places, tell: Callable[[str], None]) -> Attached:
-    """Make the device.
+async def attach(
+    kind: str, places: Places, timeout_s: int, tell: Callable[[str], None]
+) -> Attached:
+    """Make the device. `timeout_s`: bound of one request, of the kernel's client alone.
 
     Raises:
         RefusedError: it cannot be made; parts of it may be there.
     """
     try:
-        made = await (_kernel if kind == KERNEL else _fuse)(places, tell)
+        if kind == KERNEL:
+            made = await _kernel(places, timeout_s, tell)
+        else:
+            made = await _fuse(places, tell)
     except TimeoutError as error:
         raise RefusedError(f"the device of {places.mirror}: the system does not answer") from error
     except OSError as error:
@@ -91,7 +97,7 @@ def _note(places: Places, made: Attached) -> None:
 # --- the kernel's client --------------------------------------------------------------------------
 
 
-async def _kernel(places: Places, tell: Callable[[str], None]) -> Attached:
+async def _kernel(places: Places, timeout_s: int, tell: Callable[[str], None]) -> Attached:
     if not (BLOCK / "nbd0").exists():
         raise RefusedError(
             'attach = "kernel": this kernel has no NBD devices; `modprobe nbd`, or attach = "fuse"'
@@ -103,7 +109,7 @@ async def _kernel(places: Places, tell: Callable[[str], None]) -> Attached:
         # Without netlink: that family exists only in the first network namespace, and with the
         # client as a process of ours the device ends with it.
         words = ["nbd-client", "-unix", str(places.export), device, "-nonetlink", "-nofork",
-                 "-timeout", str(NBD_TIMEOUT_S)]  # fmt: skip
+                 "-timeout", str(timeout_s)]  # fmt: skip
         helper = await _start(words, places, tell)
         made = Attached(KERNEL, device, helper)
         _note(places, made)
@@ -192,7 +198,7 @@ async def _start(words: list[str], places: Places, tell: Callable[[str], None]) 
         tell(f"{words[0]} is not protected from a full memory: {each}")
     if helper is None:
         raise RefusedError(f"{words[0]} ended at once; it said: {_tail(places.log)}")
-    return helper
+    return replace(helper, name=words[0])  # it may be read before exec has changed it
 
 
 def _spawn(words: list[str], log: Path) -> tuple[Process | None, list[str]]:
@@ -202,11 +208,11 @@ def _spawn(words: list[str], log: Path) -> tuple[Process | None, list[str]]:
     # It must not wait for dirty pages of the device that it serves.
     if libc.prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0):
         refused.append(f"declaring an I/O flusher: {os.strerror(ctypes.get_errno())}")
+    with contextlib.suppress(FileNotFoundError):
+        log.replace(log.with_name(log.name + ".1"))  # what the last one said in the end
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     out = os.open(log, flags, FILE_MODE)
     try:
-        if os.fstat(out).st_size > LOG_BYTES_MAX:
-            os.truncate(out, 0)
         pid = start(words, ENVIRONMENT, out, out)
     finally:
         os.close(out)

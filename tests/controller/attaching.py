@@ -17,13 +17,21 @@ from nbdmirror.controller.attachment import Attachment
 from tests.controller.doing import BOUND_S, unmount_below
 
 SIZE = "64M"
+REQUEST_TIMEOUT_S = 20
 
 
 def attachment(directory: Path, told: list[str] | None = None, **keys: Any) -> Attachment:
     """One whose export is the server of that directory; what it tells is appended to `told`."""
     section = MountSection(**{"point": str(directory / "mnt"), **keys})
     tell = (told if told is not None else []).append
-    return Attachment(section, export=directory / "s", run_dir=directory, mirror="demo", tell=tell)
+    return Attachment(
+        section,
+        export=directory / "s",
+        run_dir=directory,
+        mirror="demo",
+        tell=tell,
+        request_timeout_s=REQUEST_TIMEOUT_S,
+    )
 
 
 class Server:
