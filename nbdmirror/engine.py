@@ -90,6 +90,7 @@ class Engine:
         self._start_error: BaseException | None = None
         self._clients_at: list[Any] = []
         self._looks = 0
+        self._unproven = ""
         self._main_task: asyncio.Task[None]
 
     # --- start and stop -----------------------------------------------------------------------
@@ -255,9 +256,12 @@ class Engine:
 
     def _note_peer(self, reason: str) -> None:
         reason = printable(reason)[:REASON_BYTES_MAX]
-        if self.node.session is None:
-            # Else it is about somebody who is not the peer: the peer is here.
-            self.node.refusal = reason
+        node = self.node
+        # Whoever connects and proves nothing is somebody else where the peer is here, and must not
+        # cover what a peer that has proven itself was told. Whom this node dials is the peer.
+        covers = self.peering.dials or node.refusal in ("", self._unproven)
+        if node.session is None and covers:
+            node.refusal = self._unproven = reason
         self.events.emit("no-peer", reason=reason)
 
     async def _contact(self, connection: socket.socket, channel: Channel) -> None:

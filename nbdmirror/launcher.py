@@ -4,6 +4,10 @@ Owns the listening NBD sockets (made here with their modes, passed to nbdkit by 
 so they outlive the engine), the engine's environment, its orderly end on SIGTERM, SIGINT and
 SIGHUP, and one answer: where the configuration says `on_freeze = "alone"`, it answers a
 freeze so. It decides nothing else.
+
+A launcher that is killed takes its engine with it: an nbdkit started by socket activation asks the
+kernel for SIGTERM at its parent's end (PR_SET_PDEATHSIG, seen in 1.32.5). For the peer that is a
+crash of the engine, not a stop. Only an engine that hangs outlives its launcher.
 """
 
 import contextlib
@@ -22,7 +26,7 @@ from typing import Any, Final
 
 from nbdmirror.config import Address, Config
 from nbdmirror.control_client import ControlClient
-from nbdmirror.errors import ConfigError, NbdMirrorError, RefusedError, UnreachableError
+from nbdmirror.errors import ConfigError, NbdMirrorError, RefusedError, StaleCommandError
 from nbdmirror.files import path_error, remove_socket, require_socket_path
 from nbdmirror.journal import STDERR, Journal
 
@@ -30,6 +34,7 @@ LISTEN_FDS_START: Final = 3
 LISTEN_BACKLOG: Final = 64
 POLL_S: Final = 0.1
 STOP_TIMEOUT_S: Final = 30.0
+STOP_TRIES_COUNT: Final = 10
 KILL_AFTER_S: Final = 1.0
 # From this nbdkit on a connection may have several threads, and how many it gets by default.
 BEARS_THREADS: Final = (1, 34, 0)
@@ -311,13 +316,20 @@ class Watcher:
         """The wake-up descriptor carries it."""
 
     def _stop(self) -> None:
-        """Ask the engine to leave in order; end it if it cannot."""
-        try:
-            state = self._client.call("state")
-            self._client.call("stop", instance=state["instance"], epoch=state["epoch"])
-        except NbdMirrorError as error:
-            self._journal.say(f"stop: {error}")
-            self._end()
+        """Ask the engine to leave in order; end it if it cannot.
+
+        Whose role changes meanwhile can, and is asked again.
+        """
+        for left in reversed(range(STOP_TRIES_COUNT)):
+            try:
+                state = self._client.call("state")
+                self._client.call("stop", instance=state["instance"], epoch=state["epoch"])
+            except NbdMirrorError as error:
+                self._journal.say(f"stop: {error}")
+                if isinstance(error, StaleCommandError) and left:
+                    continue
+                self._end()
+            return
 
     def _end(self) -> None:
         signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
@@ -332,5 +344,6 @@ class Watcher:
             if state["question"] == "frozen":
                 self._client.call("alone", instance=state["instance"], epoch=state["epoch"])
                 self._journal.say(f"alone: {state['frozen_reason']}")
-        except (UnreachableError, RefusedError):
+        except NbdMirrorError:
+            # Whatever it is, the question stays in the state, and is seen again.
             return

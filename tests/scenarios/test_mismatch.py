@@ -6,6 +6,7 @@ import pytest
 
 from nbdmirror import admin
 from tests.support.fixtures import MakePair
+from tests.support.impostor import dial, ended_by_the_other
 from tests.support.pair import Engine, Pair
 
 pytestmark = [pytest.mark.nbdkit, pytest.mark.slow]
@@ -62,6 +63,25 @@ def test_another_size(make_pair: MakePair) -> None:
     refusal(pair.alpha, "size")
     refusal(pair.beta, "size")
     untouched(pair)
+
+
+def test_a_stranger_does_not_cover_why_the_peer_was_refused(make_pair: MakePair) -> None:
+    """Breaks in the field: a port scanner overwrites the one sentence that says what to repair."""
+    pair = make_pair()
+    meet(pair, beta_size=32 << 20)
+    refusal(pair.beta, "size")
+    # Else it comes again, and is refused again.
+    pair.alpha.freeze()
+    try:
+        pair.beta.wait_state(lambda s: s["session"] is None, "the end of what was under way")
+        before = pair.beta.last_event()
+        with dial(pair, pair.beta) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            ended_by_the_other(connection)
+        pair.beta.wait_event("no-peer", after=before)
+        assert "size" in pair.beta.state()["refusal"]
+    finally:
+        pair.alpha.thaw()
 
 
 def test_the_same_node_id(make_pair: MakePair) -> None:
