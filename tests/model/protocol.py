@@ -27,12 +27,12 @@ walks through the whole of one bound and prints each kind of violation with its 
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from enum import Enum
 from functools import partial
 
 from nbdmirror.core.decide import Decision, DecisionKind, NodeView
 from nbdmirror.core.superblock import DataState, PendingKind
 from tests.model.explore import Report, explore
+from tests.model.rules import ALL_RULES, Rule, Violation
 from tests.model.state import (
     LEADS,
     NO_SESSION,
@@ -58,34 +58,6 @@ from tests.model.state import (
     view,
     with_node,
 )
-
-
-class Rule(Enum):
-    """The rules that can be switched off, with their numbers in docs/safety.md."""
-
-    JOINT_STEP = "9: a generation is alone or joint, never both"
-    RESEED = "9b: the joint step sets the record from whatever it holds"
-    PENDING_IS_MINE = "9: a pending generation counts as mine"
-    SAME_JOINT = "9a: a broken-off joint step is repeated with the generation that is pending"
-    KEEP_JOINT = "11: a claim takes the pending joint generation that the record holds"
-    ONLY_RECORDED = "11: a claim forgets a pending joint generation that the record does not hold"
-    FLUSH_FIRST = "10: flush before the claim and before 'peer outdated'"
-    PENDING_FIRST = "11: the claimed generation is stored before the claim is sent"
-    NAMED_HAS_WON = "11: a record that names this node gives it the right, by whichever generation"
-    FENCE = "11: a claim is lost only when the record moved, or was touched so that it cannot win"
-    RESOLVE_FIRST = "11: a claim is settled before the nodes compare"
-    REBOOT = "12: a node without its page cache does not take over"
-    SOURCE_FLUSH = "13: the source flushes before the target is written off"
-    QUESTION = "16: leaving is a question"
-    SINCE = "16: whoever stays has been in sync until now, and nothing was decided since"
-    MAKE_GOOD = "16: the stayer's right is made good at the arbiter from its base"
-
-
-ALL_RULES = frozenset(Rule)
-
-
-class Violation(Exception):  # noqa: N818 - a finding, not an error of the model
-    """A promise is broken by the step that raises it."""
 
 
 class Model:

@@ -6,7 +6,8 @@ import pytest
 
 from nbdmirror.core.decide import TABLE
 from tests.model.explore import DEAD_END, explore
-from tests.model.protocol import ALL_RULES, Model, Rule, main, run
+from tests.model.protocol import Model, main, run
+from tests.model.rules import ALL_RULES, Rule
 from tests.model.state import State, canonical, start
 
 Bounds = tuple[int, int, int, int]
