@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbdmirror import __version__
 from nbdmirror.controller.heart import boottime_ms
-from nbdmirror.core.cluster import policy, standing
+from nbdmirror.core.cluster import standing
 from nbdmirror.core.cluster.promise import promises
 from nbdmirror.core.cluster.view import Role, View
 
@@ -177,9 +177,8 @@ def remedy(v: View, error: str) -> str:
         )
     if role is Role.WAIT and engine is not None and not v.peer.heard and not v.held_back:
         forced = " --force" if engine.promote_refusal else ""
-        if policy.silence_reason(v):
-            return (
-                "start the other node; if it is gone for good, `nbdmirror prim"
-                f"{forced}` makes this one serve, and says what may be lost"
-            )
+        return (
+            "start the other node; if it is gone for good, `nbdmirror prim"
+            f"{forced}` makes this one serve, and says what may be lost"
+        )
     return "see the reason above" if error else ""

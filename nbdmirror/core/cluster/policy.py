@@ -186,16 +186,38 @@ def swap_back(v: View) -> bool:
     return wanted and s.failover and engine(v).synced and p.heard and ready
 
 
+def by_operator(v: View) -> str:
+    """Why only an operator makes this node primary, and how; "" if it may become it by itself."""
+    if not v.settings.takeover:
+        return 'takeover = "operator": `nbdmirror prim` makes this node serve'
+    if not v.settings.failover:
+        return "failover is off: `nbdmirror failover on`, or `nbdmirror prim`"
+    return ""
+
+
+def unelected_reason(v: View) -> str:
+    """Why neither of two connected nodes serves."""
+    other = "neither node serves; the other one is to become primary" if candidate(v) else ""
+    neither = f"neither node was primary last; {by_operator(v)}"
+    return v.held_back or other or engine(v).promote_refusal or neither
+
+
+def contact_reason(v: View) -> str:
+    """Why a node waits that hears the other one's controller."""
+    missing = engine(v).refusal or "waiting for the other node's engine to connect"
+    unasked = by_operator(v) if holds_right(v) and promotable(v) else ""
+    return f"{unasked}; {missing}" if unasked else missing
+
+
 def silence_reason(v: View) -> str:
     """Why a node that hears nothing stays where it is; "" if nothing but the arbiter is open."""
-    e, s = engine(v), v.settings
+    e = engine(v)
     unknown = not e.met and not holds_right(v)
     reasons = (
         v.held_back,
         f"this node's disk failed: {e.failed}" if e.failed else "",
         e.promote_refusal,
-        "" if s.takeover else 'takeover = "operator": `nbdmirror prim` makes this node serve',
-        "" if s.failover else "failover is off: `nbdmirror failover on`, or `nbdmirror prim`",
+        by_operator(v),
         UNKNOWN_PEER if unknown else "",
     )
     return next(filter(None, reasons), "")
@@ -410,7 +432,7 @@ TABLE: Final[tuple[Row, ...]] = (
     Row("elected", elected, Step.PROMOTE, "neither node serves, and both name this one"),
     Row(
         "not elected", lambda v: engine(v).synced, Step.NOTHING,
-        lambda v: v.held_back or "neither node serves; the other one is to become primary",
+        unelected_reason,
     ),
     Row(
         "source", both(may_use_right, lambda v: bool(engine(v).phase)), Step.PROMOTE,
@@ -450,7 +472,7 @@ TABLE: Final[tuple[Row, ...]] = (
     ),
     Row(
         "waits for contact", lambda _v: True, Step.NOTHING,
-        lambda v: engine(v).refusal or "waiting for the other node's engine to connect",
+        contact_reason,
     ),
 )  # fmt: skip
 
