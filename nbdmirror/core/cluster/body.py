@@ -8,7 +8,7 @@ saying them twice is the same as once. Must never carry a secret, or trust a fie
 import json
 from typing import Annotated, Final
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from nbdmirror.core.cluster.heartbeat import BODY_BYTES_MAX
 from nbdmirror.core.cluster.view import Peer
@@ -18,12 +18,15 @@ from nbdmirror.errors import PeerProtocolError
 BODY_VERSION: Final = 1
 REASON_CHARS_MAX: Final = 160
 SHORT_CHARS_MAX: Final = 40
+BRIEF_CHARS_MAX: Final = 16
 PIECE_CHARS: Final = 240
 PIECES_MAX: Final = 400
 
 _Id = Annotated[str, Field(max_length=SHORT_CHARS_MAX, pattern=r"^[0-9a-f]*$")]
-_Short = Annotated[str, Field(max_length=SHORT_CHARS_MAX)]
-_Text = Annotated[str, Field(max_length=REASON_CHARS_MAX)]
+# What the peer says ends on terminals and in logs.
+_Short = Annotated[str, Field(max_length=SHORT_CHARS_MAX), AfterValidator(printable)]
+_Text = Annotated[str, Field(max_length=REASON_CHARS_MAX), AfterValidator(printable)]
+_Brief = Annotated[str, Field(max_length=BRIEF_CHARS_MAX, pattern=r"^[0-9a-f]*$")]
 _Node = Annotated[int, Field(ge=0, le=255)]
 
 
@@ -64,8 +67,17 @@ class Piece(_Part):
     text: Annotated[str, Field(max_length=PIECE_CHARS)]
 
 
+class _Versioned(_Part):
+    """What every version of a body has."""
+
+    v: int = 0
+
+
 class Body(_Part):
-    """One heartbeat. `please`: the id of a request to leave. `done`: of a word that was stored."""
+    """One heartbeat. `please`: the id of a request to leave. `done`: of a word that was stored.
+
+    `candidate` was chosen over the `facts_id` of the sender and the `facts_seen` of the other node.
+    """
 
     v: int = 0
     role: _Short = "WAIT"
@@ -78,6 +90,8 @@ class Body(_Part):
     was_primary: bool = False
     held_back: bool = False
     candidate: _Node = 0
+    facts_id: _Brief = ""
+    facts_seen: _Brief = ""
     swap_to: _Node = 0
     deposed: bool = False
     stop_both: bool = False
@@ -121,17 +135,17 @@ def decode(data: bytes) -> Body:
         PeerProtocolError: it is none, or of another version.
     """
     try:
-        body = Body.model_validate_json(data)
+        version = _Versioned.model_validate_json(data).v
+        if version != BODY_VERSION:
+            raise PeerProtocolError(
+                f"heartbeat: the peer speaks version {version}, this node {BODY_VERSION}: upgrade "
+                "the older node"
+            )
+        return Body.model_validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "body"
         raise PeerProtocolError(f"heartbeat: {where}: {first['msg']}") from error
-    if body.v != BODY_VERSION:
-        raise PeerProtocolError(
-            f"heartbeat: the peer speaks version {body.v}, this node {BODY_VERSION}: upgrade the "
-            "older node"
-        )
-    return body
 
 
 def peer_of(body: Body | None, *, heard: bool) -> Peer:
@@ -150,6 +164,8 @@ def peer_of(body: Body | None, *, heard: bool) -> Peer:
         was_primary=body.was_primary,
         held_back=body.held_back,
         candidate=body.candidate,
+        facts_id=body.facts_id,
+        facts_seen=body.facts_seen,
         swap_to=body.swap_to,
         deposed=body.deposed,
         stop_both=body.stop_both,

@@ -98,7 +98,7 @@ def peer_serves(v: View) -> bool:
 
 def silent(v: View) -> bool:
     """Neither heartbeats nor channel: the peer may be dead, or cut off."""
-    return not v.peer.heard and v.engine is not None and v.engine.phase == ""
+    return not v.peer.heard and not v.listening and v.engine is not None and v.engine.phase == ""
 
 
 def promotable(v: View) -> bool:
@@ -174,7 +174,7 @@ def elected(v: View) -> bool:
     if not e.synced or e.peer_primary or not promotable(v) or candidate(v) != me:
         return False
     if not p.heard:
-        return not e.peer_attended
+        return not e.peer_attended and not v.listening
     return p.candidate == me and p.facts_seen == v.facts_id
 
 
@@ -291,6 +291,7 @@ UNKNOWN_PEER: Final = (
     "nobody knows here what the other node did since this engine started; start the other node, or "
     "type `nbdmirror prim` if it is gone for good"
 )
+LISTENS: Final = "this controller has just begun to listen: the other node may serve by now"
 HANDS_OVER: Final = (OrderKind.SWAP, OrderKind.STOPSTART, OrderKind.WAIT)
 MOVING: Final = (Service.ENTERING, Service.LEAVING)
 
@@ -345,6 +346,9 @@ TABLE: Final[tuple[Row, ...]] = (
         primary_and(frozen, lambda v: v.peer.heard and not v.asked_peer),
         Step.ASK_PEER,
         "the channel is lost, the controllers still talk: the peer is asked to leave",
+    ),
+    Row(
+        "frozen, listening", primary_and(frozen, lambda v: v.listening), Step.NOTHING, LISTENS,
     ),
     Row(
         "frozen, no", primary_and(frozen, verdict_is(Verdict.NO)), Step.DEMOTE,
@@ -407,6 +411,9 @@ TABLE: Final[tuple[Row, ...]] = (
             engine(v).refusal or "the peer is not connected")),
     Row("primary", is_primary, Step.NOTHING, "this node serves, and the peer has every write"),
     # 4. A node that is not primary.
+    Row(
+        "listening", lambda v: v.listening and engine(v).phase == "", Step.NOTHING, LISTENS,
+    ),
     Row(
         "ordered, held back", both(ordered, lambda v: bool(v.held_back)), Step.NOTHING,
         lambda v: f"to be made primary, but not yet: {v.held_back}",

@@ -155,6 +155,7 @@ class View:
     died_serving: bool = False
     spoken: bool = True
     peer: Peer = field(default_factory=Peer)
+    listening: bool = False
     service: Service = Service.DOWN
     service_reason: str = ""
     leftovers: bool = False
