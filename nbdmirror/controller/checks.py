@@ -23,6 +23,7 @@ import signal
 import socket
 import ssl
 import struct
+import subprocess
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -252,13 +253,14 @@ def _write(path: Path) -> None:
 
 # --- as a process -------------------------------------------------------------------------------
 
-# Processes that SIGKILL has not ended yet, by the name of the checker.
-_unkillable: dict[str, asyncio.subprocess.Process] = {}
+# Processes that were started and are not reaped, by the name of the checker. After a check is over,
+# that is one which SIGKILL does not end.
+_processes: dict[str, "subprocess.Popen[bytes]"] = {}
 
 
 def _hangs(name: str) -> str:
-    before = _unkillable.get(name)
-    if before is None or before.returncode is not None:
+    before = _processes.get(name)
+    if before is None or before.poll() is not None:
         return ""
     return f"the last run, process {before.pid}, hangs and cannot be killed"
 
@@ -295,41 +297,65 @@ class _Output:
 async def _run(name: str, words: Sequence[str]) -> tuple[int, str]:
     """Run a program to its end: its exit code (below 0: the signal) and what it said.
 
-    Cancelled, or ended, it leaves no process of its session's group behind. Raises OSError.
+    However it ends, no process of its group is left, if the kernel lets them go. Raises OSError.
+
+    Not the loop's own way to run programs: uvloop does not close while one that it started hangs,
+    and both loops reap a process before they tell, so its number could be another's when its group
+    is killed. Here it is killed first.
     """
     output = _Output()
     try:
-        process = await asyncio.create_subprocess_exec(
-            *words,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=output.write,
-            stderr=output.write,
-            start_new_session=True,
-            cwd="/",
-            env=_environment(),
-        )
+        process = _spawn(words, output.write)
+        _processes[name] = process
         try:
-            code = await process.wait()
+            descriptor = os.pidfd_open(process.pid)
+        except OSError:  # no descriptor left
+            process.kill()
+            raise
+        try:
+            await _ended(descriptor, None)
         finally:
-            await _end(name, process)
-        return code, output.text()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            try:
+                await _ended(descriptor, KILL_WAIT_S)
+            finally:
+                os.close(descriptor)
+            if process.poll() is not None:
+                _processes.pop(name, None)
+        return process.returncode, output.text()
     finally:
         output.close()
 
 
-async def _end(name: str, process: asyncio.subprocess.Process) -> None:
-    """Kill what is left of the process's group."""
-    # A number is given anew only after all others: not in the moment since the leader's end.
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    if process.returncode is None:
-        _unkillable[name] = process
+def _spawn(words: Sequence[str], output: int) -> "subprocess.Popen[bytes]":
+    """Start a program, as the leader of a session. Takes some milliseconds of the loop."""
+    return subprocess.Popen(  # noqa: S603 - words of the configuration; no shell
+        words,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
+        cwd="/",
+        env=_environment(),
+    )
+
+
+async def _ended(descriptor: int, wait_s: float | None) -> None:
+    """Until a process has ended, or the time is over; it is not reaped."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
+    loop.add_reader(descriptor, _settle, ended)
+    try:
         # Not asyncio.timeout: within one that has run out it raises CancelledError (Python 3.11.2).
-        gone = asyncio.ensure_future(process.wait())
-        await asyncio.wait((gone,), timeout=KILL_WAIT_S)
-        gone.cancel()
-    if process.returncode is not None:
-        _unkillable.pop(name, None)
+        await asyncio.wait((ended,), timeout=wait_s)
+    finally:
+        loop.remove_reader(descriptor)
+
+
+def _settle(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def _environment() -> Mapping[str, str]:

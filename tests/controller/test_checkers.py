@@ -1,8 +1,11 @@
 """When checkers run, and what becomes of their results; against a real page whose answers wait."""
 
 import asyncio
+import os
+import select
+import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +16,7 @@ from aiohttp import web
 from nbdmirror.config_cluster import CheckerSection
 from nbdmirror.controller.checkers import Checkers
 from nbdmirror.core.cluster.checking import CheckerFacts
+from tests.support.powercut import PowerDisk
 
 BOUND_S = 60.0
 RunLoop = Callable[[Coroutine[Any, Any, None]], None]
@@ -30,6 +34,14 @@ async def soon(awaited: Awaitable[Result]) -> Result:
     """Wait with a bound."""
     async with asyncio.timeout(BOUND_S):
         return await awaited
+
+
+def wait_for_end(pid: int) -> None:
+    """Until a process that is no child of ours has ended."""
+    with suppress(ProcessLookupError):
+        descriptor = os.pidfd_open(pid)
+        select.select([descriptor], [], [], BOUND_S)
+        os.close(descriptor)
 
 
 class Asked:
@@ -229,6 +241,35 @@ def test_never_two_checks_of_one_checker(run_loop: RunLoop) -> None:
             assert s.page.most == 1
 
     run_loop(main())
+
+
+@pytest.mark.usefixtures("require_root")
+@pytest.mark.slow
+def test_one_that_still_ends_is_waited_for(run_loop: RunLoop, tmp_path: Path) -> None:
+    """Breaks in the field: a change of the role starts a check beside one that hangs."""
+    started = tmp_path / "started"
+    os.mkfifo(tmp_path / "told")
+    disk = PowerDisk(tmp_path / "disk", 16 << 20)
+    text = f"echo $$ >> {started}; echo >> {tmp_path}/told; echo x > {disk.mountpoint}/x"
+
+    async def main() -> None:
+        command = ["/bin/sh", "-c", text]
+        async with scene(script={"kind": "command", "command": command, "fall": 1}) as s:
+            s.role("primary")
+            await soon(asyncio.to_thread((tmp_path / "told").read_bytes))
+            s.role("secondary")
+            s.role("primary")
+            assert "cannot be killed" in (await s.change()).reason
+
+    subprocess.run(["fsfreeze", "--freeze", str(disk.mountpoint)], check=True)
+    try:
+        run_loop(main())
+    finally:
+        subprocess.run(["fsfreeze", "--unfreeze", str(disk.mountpoint)], check=True)
+        for pid in started.read_text().split():
+            wait_for_end(int(pid))
+        disk.close()
+    assert len(started.read_text().split()) == 1
 
 
 def test_a_reset_forgets_and_checks_at_once(run_loop: RunLoop) -> None:
