@@ -74,13 +74,20 @@ def first_superblock(config: Config, size: int, *, join: bool, zeroed: bool) -> 
 
 
 def create(
-    config: Config, size: int | None, *, join: bool, adopt: bool, sparse: bool
+    config: Config,
+    size: int | None,
+    *,
+    join: bool,
+    adopt: bool,
+    sparse: bool,
+    fill: Callable[[Path], None] | None = None,
 ) -> Superblock:
     """Make the data and the metadata file of this node; all of it, or nothing.
 
     `size` is that of the device in bytes; None, only with `adopt`: that of the existing data file.
     `join`: the other node is the source, whatever this one holds is overwritten by its data.
-    `adopt`: the data file exists and its content is kept. `sparse`: reserve no space.
+    `adopt`: the data file exists and its content is kept. `sparse`: reserve no space. `fill`: puts
+    the first content into the new data file, a file system for example, and makes it durable.
 
     Raises:
         ConfigError: no size, or one that the format cannot describe.
@@ -97,7 +104,7 @@ def create(
     if size is None:
         size = _size_to_adopt(data, adopt=adopt)
     try:
-        superblock = first_superblock(config, size, join=join, zeroed=not adopt)
+        superblock = first_superblock(config, size, join=join, zeroed=not adopt and fill is None)
     except MetadataError as error:
         raise ConfigError(f"this device cannot be made: {error}") from error
     if sparse:
@@ -110,6 +117,8 @@ def create(
         if not adopt:
             undo.append(data.unlink)
         store.close()
+        if fill is not None:
+            fill(data)
         create_metadata(meta, superblock, superblock.geometry())
     except BaseException as error:
         for step in reversed(undo):

@@ -14,6 +14,7 @@ import socket
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,11 +32,22 @@ from nbdmirror.config_schema import ARBITER_CHOICE, ARBITERS
 from nbdmirror.config_text import header, toml, with_key
 from nbdmirror.core.superblock import Superblock
 from nbdmirror.errors import ConfigError, NbdMirrorError, RefusedError
+from nbdmirror.file_system import MAKE_FILE_SYSTEM, make_file_system
 from nbdmirror.files import path_error, sync_directory
 from nbdmirror.limits import PROBE_PORT
 from nbdmirror.token_exchange import Offer
 
-__all__ = ["ARBITERS", "ARBITER_CHOICE", "PEER_PORT", "Made", "Place", "Plan", "make", "take"]
+__all__ = [
+    "ARBITERS",
+    "ARBITER_CHOICE",
+    "MAKE_FILE_SYSTEM",
+    "PEER_PORT",
+    "Made",
+    "Place",
+    "Plan",
+    "make",
+    "take",
+]
 
 PEER_PORT: Final = 7789
 PORT_MAX: Final = 65_535
@@ -77,6 +89,7 @@ class Plan:
     run_dir: Path | None = None
     sparse: bool = False
     adopt: bool = False
+    file_system: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +313,7 @@ def render(plan: Plan, config_dir: Path) -> str:
             "[mount]",
             f"point = {toml(plan.mount_point)}",
         ]
+        lines += [f"type = {toml(plan.file_system)}"] if plan.file_system else []
     if plan.start or plan.stop:
         lines += [
             "",
@@ -342,7 +356,12 @@ def make(plan: Plan, place: Place) -> Made:
 
     def metadata(config: Config) -> Superblock:
         return admin.create(
-            config, plan.size_bytes, join=False, adopt=plan.adopt, sparse=plan.sparse
+            config,
+            plan.size_bytes,
+            join=False,
+            adopt=plan.adopt,
+            sparse=plan.sparse,
+            fill=partial(make_file_system, plan.file_system) if plan.file_system else None,
         )
 
     return _all_or_nothing(

@@ -7,6 +7,7 @@ command or a number in a document is a promise to a reader who has nothing else 
 import ast
 import errno
 import re
+import shlex
 import tomllib
 from collections.abc import Iterator
 from functools import cache
@@ -53,17 +54,20 @@ def commands(text: str) -> Iterator[str]:
 def mistake(line: str) -> str:
     """What is wrong with a command, or ""."""
     command: click.Command = command_line
-    words = line.split()[1:]
+    words = shlex.split(line)[1:]
     while isinstance(command, click.Group) and words and not words[0].startswith("-"):
         name = words.pop(0)
         if name not in command.commands:
             return f"no command {name}"
         command = command.commands[name]
-    options = {name: p for p in command.params for name in p.opts}
+    options = {name: p for p in command.params for name in (*p.opts, *p.secondary_opts)}
+    arguments = sum(isinstance(p, click.Argument) for p in command.params)
     takes_value = False
     for word in words:
         if takes_value:
             takes_value = False
+        elif arguments and (word == "-" or not word.startswith("-")):
+            arguments -= 1
         elif word not in options and word not in {"--help", "-h"}:
             return f"no option {word}"
         else:

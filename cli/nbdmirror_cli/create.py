@@ -102,6 +102,12 @@ listen_option = click.option(
 @click.option("--run-dir", type=_PATH, metavar="DIR", help="Holds the sockets, on both nodes.")
 @click.option("--sparse", is_flag=True, help="Reserve no space, on both nodes.")
 @click.option("--adopt", is_flag=True, help="Keep the existing file `data` of the data directory.")
+@click.option(
+    "--mkfs",
+    "file_system",
+    type=click.Choice(sorted(creation.MAKE_FILE_SYSTEM)),
+    help="Make a file system of this kind on the new device; with --mount-point.",
+)
 @click.option("--invite/--no-invite", default=True, help="Go on as `invite`; default: yes.")
 @listen_option
 @timeout_option
@@ -136,6 +142,8 @@ def _plan(name: str, chosen: dict[str, Any]) -> tuple[Plan, Place]:
             "--arbiter ping asks addresses: name a router that both nodes see, and better two, "
             "with --ping-address"
         )
+    if chosen["file_system"] and chosen["adopt"]:
+        raise click.UsageError("--mkfs would destroy what --adopt keeps; leave one of them out")
     ask = _Questions(chosen)
     ask.require_what_cannot_be_proposed()
     config_dir = chosen["config_dir"]
@@ -166,6 +174,7 @@ def _plan(name: str, chosen: dict[str, Any]) -> tuple[Plan, Place]:
         run_dir=chosen["run_dir"],
         sparse=chosen["sparse"],
         adopt=chosen["adopt"],
+        file_system=chosen["file_system"],
     )
     creation.require_peer_addresses([address, peer_address], others)
     ask.confirm(plan)

@@ -83,7 +83,7 @@ class Demo:
         with image.open("wb") as file:
             image.chmod(0o600)
             os.posix_fallocate(file.fileno(), 0, SIZE_BYTES)
-        options = "lazy_itable_init=0,lazy_journal_init=0"
+        options = "nodiscard,lazy_itable_init=0,lazy_journal_init=0"
         command("mkfs.ext4", "-q", "-E", options, str(image))
         self.one.cli("metadata", "create", "--adopt")
         self.two.cli("metadata", "create", "--size", str(SIZE_BYTES), "--join")
