@@ -307,11 +307,7 @@ async def _run(name: str, words: Sequence[str]) -> tuple[int, str]:
     try:
         process = _spawn(words, output.write)
         _processes[name] = process
-        try:
-            descriptor = os.pidfd_open(process.pid)
-        except OSError:  # no descriptor left
-            process.kill()
-            raise
+        descriptor = _pidfd(process)
         try:
             await _ended(descriptor, None)
         finally:
@@ -339,6 +335,14 @@ def _spawn(words: Sequence[str], output: int) -> "subprocess.Popen[bytes]":
         cwd="/",
         env=_environment(),
     )
+
+
+def _pidfd(process: "subprocess.Popen[bytes]") -> int:
+    try:
+        return os.pidfd_open(process.pid)
+    except OSError:  # there are no descriptors left; the next check reaps it
+        process.kill()
+        raise
 
 
 async def _ended(descriptor: int, wait_s: float | None) -> None:
