@@ -48,10 +48,13 @@ CLI_MAY_IMPORT = (
     "nbdmirror.config",
     "nbdmirror.control_client",
     "nbdmirror.core",
+    "nbdmirror.creation",
     "nbdmirror.errors",
+    "nbdmirror.invitation",
     "nbdmirror.launcher",
     "nbdmirror.limits",
     "nbdmirror.metastore",
+    "nbdmirror.token_exchange",
 )
 
 
