@@ -197,7 +197,7 @@ async def _start(words: list[str], places: Places, tell: Callable[[str], None]) 
     for each in refused:
         tell(f"{words[0]} is not protected from a full memory: {each}")
     if helper is None:
-        raise RefusedError(f"{words[0]} ended at once; it said: {_tail(places.log)}")
+        raise _ended(words[0], places)
     return replace(helper, name=words[0])  # it may be read before exec has changed it
 
 
@@ -221,7 +221,14 @@ def _spawn(words: list[str], log: Path) -> tuple[Process | None, list[str]]:
         adjust.write_text(f"{OOM_SCORE_ADJ}\n", encoding="ascii")
     except OSError as error:
         refused.append(f"lowering oom_score_adj: {error.strerror}; let the service manager do it")
-    return process(pid), refused
+    helper = process(pid)
+    if helper is None:
+        os.waitpid(pid, os.WNOHANG)
+    return helper, refused
+
+
+def _ended(name: str, places: Places) -> RefusedError:
+    return RefusedError(f"{name} ended before the device was there; it said: {_tail(places.log)}")
 
 
 async def _until(ready: Callable[[], bool], helper: Process, what: str, places: Places) -> None:
@@ -234,9 +241,7 @@ async def _until(ready: Callable[[], bool], helper: Process, what: str, places: 
     while not ready():
         if process(helper.pid) != helper:
             reap(helper.pid, helper.started)
-            raise RefusedError(
-                f"{helper.name} ended before the device was there; it said: {_tail(places.log)}"
-            )
+            raise _ended(helper.name, places)
         if time.monotonic() > until:
             raise RefusedError(f"not within {ATTACH_S:g} s: {what}; does the engine answer?")
         await asyncio.sleep(POLL_S)

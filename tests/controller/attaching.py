@@ -8,16 +8,20 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import uvloop
+
 from nbdmirror.config_cluster import MountSection
 from nbdmirror.controller.attachment import Attachment
-from tests.controller.doing import BOUND_S, unmount_below
+from tests.controller.doing import BOUND_S, running, unmount_below
 
 SIZE = "64M"
 REQUEST_TIMEOUT_S = 20
+CONTROLLER = (sys.executable, "-m", "tests.controller.inside_controller")
 
 
 def attachment(directory: Path, told: list[str] | None = None, **keys: Any) -> Attachment:
@@ -54,10 +58,13 @@ class Server:
         self._process.wait(BOUND_S)
 
 
+SERVERS: dict[Path, Server] = {}
+
+
 @contextlib.contextmanager
 def server(directory: Path) -> Iterator[Server]:
     """A server; with the block all that hangs on it goes, too."""
-    made = Server(directory)
+    made = SERVERS[directory] = Server(directory)
     try:
         yield made
     finally:
@@ -113,3 +120,45 @@ def make_file_system(device: str) -> None:
     """ext4; all of it is written now."""
     options = ["-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0"]
     subprocess.run(["mkfs.ext4", *options, device], check=True, timeout=BOUND_S)
+
+
+async def made(place: Path, told: list[str] | None = None) -> Attachment:
+    """Attached, with a file system, mounted."""
+    it = attachment(place, told)
+    make_file_system(await it.attach())
+    await it.mount()
+    return it
+
+
+@contextlib.contextmanager
+def writer(point: Path, *before: str) -> Iterator["subprocess.Popen[str]"]:
+    """A process that writes and syncs without a pause, and does not end at SIGTERM."""
+    once = "dd if=/dev/zero of=data bs=1M count=8 conv=fsync 2>/dev/null"
+    loop = f"trap '' TERM; cd {point} && {once} && echo ready; while :; do {once}; done"
+    with running(*before, "sh", "-c", loop) as process:
+        yield process
+
+
+def run(*words: str) -> str:
+    """One command; what it said."""
+    done = subprocess.run(words, check=True, timeout=BOUND_S, stdout=subprocess.PIPE, text=True)
+    return done.stdout.strip()
+
+
+def make_one(place: Path) -> None:
+    """A file system on the device."""
+
+    async def main() -> None:
+        it = attachment(place)
+        make_file_system(await it.attach())
+        assert await it.detach(force=False) == []
+
+    uvloop.run(main())
+
+
+def killed_controller(place: Path) -> None:
+    """Attached and mounted by a controller that is dead."""
+    make_one(place)
+    with running(*CONTROLLER, str(place)) as controller:
+        os.kill(controller.pid, signal.SIGKILL)
+        controller.wait(BOUND_S)

@@ -17,17 +17,21 @@ from typing import Any
 
 import uvloop
 
-from nbdmirror.controller.attachment import Attachment
 from nbdmirror.controller.scripts import run
-from tests.controller.attaching import Server, attachment, helpers, make_file_system, mounted
+from tests.controller.attaching import (
+    CONTROLLER,
+    Server,
+    attachment,
+    helpers,
+    made,
+    mounted,
+    writer,
+)
 from tests.controller.doing import BOUND_S, alive, running, script
 from tests.guest.guest import DISK, MODULES
 
 PLACE = Path("/run/place")
 NBD = Path("/sys/block/nbd0")
-CONTROLLER = (sys.executable, "-m", "tests.controller.inside_controller", str(PLACE))
-WRITES = "dd if=/dev/zero of=data bs=1M count=8 conv=fsync 2>/dev/null"
-WRITER = f"trap '' TERM; cd {PLACE}/mnt && {WRITES} && echo ready; while :; do {WRITES}; done"
 
 
 def tell(what: str, **facts: Any) -> None:
@@ -42,12 +46,9 @@ def left() -> list[str]:
     return [*found, *(str(pid) for pid in Path("/sys/block").glob("nbd*/pid"))]
 
 
-async def made(told: list[str]) -> Attachment:
-    """Attached, with a file system, mounted."""
-    it = attachment(PLACE, told)
-    make_file_system(await it.attach())
-    await it.mount()
-    return it
+def client() -> int:
+    """The pid of nbd-client. It also forks a child, which ends when it has read the partitions."""
+    return int((NBD / "pid").read_text())
 
 
 def flags_of(pid: int) -> int:
@@ -68,10 +69,9 @@ def adjustment_of(pid: int) -> str:
 async def in_order(_server: Server) -> None:
     """From attach to detach, twice: what was written is there."""
     told: list[str] = []
-    it = await made(told)
+    it = await made(PLACE, told)
     facts = it.facts()
-    (helper,) = helpers(PLACE)
-    flags = flags_of(helper)
+    flags = flags_of(client())
     (PLACE / "mnt" / "file").write_text("kept")
     said = [*await it.unmount(force=False), *await it.detach(force=False)]
     between = left()
@@ -93,20 +93,20 @@ async def in_order(_server: Server) -> None:
 
 async def taken_over(_server: Server) -> None:
     """A controller is killed, the next one goes on."""
-    first = await made([])
+    first = await made(PLACE)
     said = [*await first.unmount(force=False), *await first.detach(force=False)]
-    with running(*CONTROLLER) as controller:
+    with running(*CONTROLLER, str(PLACE)) as controller:
         os.kill(controller.pid, signal.SIGKILL)
         controller.wait(BOUND_S)
-    before = helpers(PLACE)
-    adjusted = adjustment_of(before[0])
+    before = client()
+    adjusted = adjustment_of(before)
     it = attachment(PLACE)
-    with running("sh", "-c", WRITER) as application:
+    with writer(PLACE / "mnt") as application:
         leftovers = await it.leftovers()
         adopted = await it.adopt()
         device = await it.attach()
         await it.mount()
-        still = alive(application.pid) and helpers(PLACE) == before
+        still = alive(application.pid) and alive(before) and client() == before
         await it.unmount(force=True)
     said += await it.detach(force=False)
     tell("taken_over", leftovers=leftovers, adopted=adopted, device=device, still=still,
@@ -125,8 +125,8 @@ async def frozen(server: Server) -> None:
 
 async def ends(what: str, how: Callable[[], None]) -> None:
     """What clean() says and leaves when the server ends so."""
-    it = await made([])
-    with running("sh", "-c", WRITER) as application:
+    it = await made(PLACE)
+    with writer(PLACE / "mnt") as application:
         how()
         began = time.monotonic()
         said = await it.clean()

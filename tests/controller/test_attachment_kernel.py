@@ -64,7 +64,7 @@ def test_protection(guest: Outcome) -> None:
 def test_taken_over(guest: Outcome) -> None:
     """Breaks in the field: a controller that dies takes the application with it."""
     seen = told(guest, "taken_over")
-    assert len(seen["leftovers"]) == 3
+    assert len(seen["leftovers"]) >= 3
     assert seen["adopted"]
     assert seen["still"]
     assert seen["device"] == "/dev/nbd0"
