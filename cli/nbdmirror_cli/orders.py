@@ -13,11 +13,11 @@ from typing import Any, Final, TypeVar
 import click
 
 from nbdmirror.control_client import ControlClient, Listener
-from nbdmirror.errors import NbdMirrorError
+from nbdmirror.errors import NbdMirrorError, RefusedError
 from nbdmirror.limits import COMMAND_TIMEOUT_MS, CONTROL_ANSWER_TIMEOUT_MS
 from nbdmirror_cli.engine import _confirm as confirm
 from nbdmirror_cli.options import Source, config_options, json_option, print_json
-from nbdmirror_cli.status_view import Facts, headline, part, summary, word
+from nbdmirror_cli.status_view import Facts, headline, part, summary, word, words
 from nbdmirror_cli.view import bytes_text, force_loss, printable
 
 ANSWER_TIMEOUT_S: Final = CONTROL_ANSWER_TIMEOUT_MS / 1000
@@ -26,6 +26,8 @@ ORDER_TIMEOUT_S: Final = COMMAND_TIMEOUT_MS / 1000 + 5
 WAIT_S: Final = 120.0
 WAIT_S_MAX: Final = 86_400.0
 POLL_S: Final = 0.25
+# How the controller's explanation begins that has the answer of the engine.
+LAST_REFUSED: Final = "The last order was refused"
 _PRIMARY: Final = ("PRIM", "ALONE")
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 yes_option = click.option("--yes", is_flag=True, help="Do not ask; for scripts.")
@@ -40,11 +42,15 @@ def controller(source: Source, timeout_s: float = ANSWER_TIMEOUT_S) -> ControlCl
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One order, and by what one sees that it is carried out: (status before, status now)."""
+    """One order, and by what one sees that it is carried out: (status before, status now).
+
+    `moves`: it is for another role, so it was given up when it has ended in the old one.
+    """
 
     name: str
     done: Callable[[Facts, Facts], bool]
     args: Facts = field(default_factory=dict)
+    moves: bool = False
 
 
 def wait_options(command: _Command) -> _Command:
@@ -162,7 +168,7 @@ def prim(source: Source, limit_s: float | None, *, force: bool, yes: bool, as_js
     Refused where writes could be lost; the refusal says which. With --force it is done all the
     same, after the loss was named and confirmed.
     """
-    order = Order("prim", _serves, {"force": force})
+    order = Order("prim", _serves, {"force": force}, moves=True)
     with controller(source, ORDER_TIMEOUT_S) as client:
         before = client.call("status")
         if force:
@@ -185,9 +191,12 @@ def second(source: Source, limit_s: float | None, *, force: bool, yes: bool, as_
     With --force the copy of this node is discarded, after that was confirmed, and filled from the
     other node: the way out of a split brain, on the side that loses. Nothing of it is kept.
     """
-    order = Order("second", _second, {"force": force})
+    order = Order("second", _second, {"force": force}, moves=True)
     with controller(source, ORDER_TIMEOUT_S) as client:
         before = client.call("status")
+        if force and part(before, "engine").get("role") == "primary":
+            # The controller would say the same; nobody shall confirm a loss for nothing.
+            raise RefusedError("second --force: this node serves; `nbdmirror stop` or `swap` first")
         if force:
             confirm(discard_loss(before), "Give up this node's copy?", yes=yes)
         _carry_out(client, before, order, limit_s, as_json=as_json)
@@ -213,7 +222,7 @@ def discard_loss(facts: Facts) -> str:
 @json_option
 def swap(source: Source, limit_s: float | None, *, as_json: bool) -> None:
     """Exchange the roles of the two nodes; typed on either one. Nothing is copied."""
-    _order(source, Order("swap", _swapped), limit_s, as_json=as_json)
+    _order(source, Order("swap", _swapped, moves=True), limit_s, as_json=as_json)
 
 
 @click.command("restart")
@@ -293,11 +302,17 @@ def _carry_out(
 def _wait(client: ControlClient, order: Order, known: tuple[Facts, Facts], limit_s: float) -> Facts:
     """Ask until it is done; returns the status then. `known`: the status before and after."""
     before, now = known
-    until_s, told = time.monotonic() + limit_s, ""
+    until_s, told, ended_count = time.monotonic() + limit_s, "", 0
+    under_way = bool(word(now, "order"))
     while not order.done(before, now):
         line = summary(now)
         if _failed(before, now):
             raise NbdMirrorError(f"{order.name}: accepted, and failed: now {_with_remedy(now)}")
+        ended = order.moves and under_way and not word(now, "order")
+        # Twice: the role may be shown a moment after the order has ended well.
+        ended_count = ended_count + 1 if ended and _same_side(before, now) else 0
+        if ended_count >= 2:
+            raise NbdMirrorError(f"{order.name}: accepted, and given up: now {_with_remedy(now)}")
         if line != told:
             click.echo(f"{order.name}: waiting; now {line}", err=True)
             told = line
@@ -310,6 +325,11 @@ def _wait(client: ControlClient, order: Order, known: tuple[Facts, Facts], limit
         threading.Event().wait(min(POLL_S, left_s))
         now = client.call("status")
     return now
+
+
+def _same_side(before: Facts, now: Facts) -> bool:
+    """Whether it serves now if it did before, and does not if it did not."""
+    return (word(before, "role") in _PRIMARY) == (word(now, "role") in _PRIMARY)
 
 
 def _failed(before: Facts, now: Facts) -> bool:
@@ -325,8 +345,9 @@ def _failed(before: Facts, now: Facts) -> bool:
 
 
 def _with_remedy(facts: Facts) -> str:
-    remedy = word(facts, "remedy")
-    return f"{summary(facts)}; {remedy}" if remedy else summary(facts)
+    """The status in one line, what the engine said to an order, and what to type."""
+    refused = [each for each in words(facts, "explain") if each.startswith(LAST_REFUSED)]
+    return "; ".join(filter(None, (summary(facts), *refused, word(facts, "remedy"))))
 
 
 ORDERS: Final[tuple[click.Command, ...]] = (

@@ -262,6 +262,7 @@ def _peer_rows(facts: Facts) -> list[Row]:
         rows.append(
             ("warning", f"the configuration of {name} is another one; make them equal, then apply")
         )
+        rows += [("differs", each) for each in words(peer, "config_differences")]
     for link in parts(facts, "links"):
         ends = _joined(word(link, "local"), word(link, "remote"), by=" - ")
         silent, rtt = _ms_text(link.get("silent_ms")), _ms_text(link.get("rtt_ms"))

@@ -150,6 +150,7 @@ def test_what_is_not_done_in_time_goes_on(shell: Shell, controller: FakeControll
     assert shell("stop", "--timeout", "0") == errors.NbdMirrorError.exit_code
     assert "stop: accepted, but not done within 0 s; it goes on" in shell.err
     assert "look at beta" in shell.err
+    assert [each for each, _ in controller.requests] == ["status", "stop"]  # and not once more
     assert shell("stop", "--timeout", "0", "--json") == errors.NbdMirrorError.exit_code
     assert json.loads(shell.out)["error"]["kind"] == "NbdMirrorError"
 
@@ -163,6 +164,37 @@ def test_a_service_that_fails_ends_the_wait(shell: Shell, controller: FakeContro
     assert shell("prim", "--timeout", str(BOUND_S)) == errors.NbdMirrorError.exit_code
     assert "prim: accepted, and failed: now ALONE not-ready" in shell.err
     assert len(controller.then) == 1
+
+
+@pytest.mark.parametrize(("name", "role"), [("prim", "WAIT"), ("swap", "PRIM"), ("second", "PRIM")])
+def test_an_order_that_is_given_up_ends_the_wait(
+    shell: Shell, controller: FakeController, name: str, role: str
+) -> None:
+    """Breaks in the field: an order that the engine refused is waited for to the end."""
+    controller.change(role=role, readiness="x")
+    controller.extra[name] = {"order": name}
+    refused = "The last order was refused: its copy is blank"
+    controller.then.extend([{"order": name}, {"order": None, "explain": [refused]}])
+    assert shell(name, "--timeout", str(BOUND_S)) == errors.NbdMirrorError.exit_code
+    assert f"{name}: accepted, and given up: now {role} x" in shell.err
+    assert refused in shell.err
+
+
+def test_a_role_that_is_shown_late_is_no_failure(shell: Shell, controller: FakeController) -> None:
+    """Breaks in the field: a swap that went well is called given up."""
+    controller.extra["swap"] = {"order": "swap"}
+    controller.then.extend([{"order": None}, {"role": "SECOND"}])
+    assert shell("swap", "--timeout", str(BOUND_S)) == 0
+
+
+def test_nobody_confirms_a_discard_that_is_refused(
+    shell: Shell, controller: FakeController
+) -> None:
+    """Breaks in the field: an operator agrees to lose a copy and is then told something else."""
+    assert shell("second", "--force", "--yes") == errors.RefusedError.exit_code
+    assert "second --force: this node serves" in shell.err
+    assert "given up" not in shell.err
+    assert controller.orders == []
 
 
 def test_an_old_failure_does_not_end_the_wait(shell: Shell, controller: FakeController) -> None:
@@ -229,6 +261,7 @@ def test_force_names_the_loss_and_asks(
     shell: Shell, controller: FakeController, name: str, change: dict[str, Any], losses: list[str]
 ) -> None:
     """Breaks in the field: one word destroys the better copy."""
+    controller.change(role="WAIT", engine={"role": "none"})
     controller.change(**change)
     assert shell(name, "--force") == 2  # nobody is at the terminal
     assert not [each for each in losses if each not in shell.err], shell.err
@@ -246,6 +279,7 @@ def test_a_loss_that_is_not_confirmed_is_not_suffered(
 ) -> None:
     """Breaks in the field: "n" counts as yes."""
     monkeypatch.setattr(sys, "stdin", Terminal("n\n"))
+    controller.change(role="WAIT", engine={"role": "none"})
     assert shell(name, "--force") == errors.RefusedError.exit_code
     assert "not confirmed; nothing was done" in shell.err
     assert controller.orders == []

@@ -155,7 +155,10 @@ def test_status_shows_everything(shell: Shell, controller: FakeController) -> No
     [
         ({"engine": None, "engine_reason": "died 4 times"}, ["does not run: died 4 times"]),
         ({"peer": {"heard": False, "silent_ms": 9000}}, ["beta: not heard, silent for 9000 ms"]),
-        ({"peer": {"config_differs": True}}, ["configuration of beta is another one"]),
+        (
+            {"peer": {"config_differs": True, "config_differences": ["mount.type: here ext4"]}},
+            ["configuration of beta is another one", "differs mount.type: here ext4"],
+        ),
         (
             {"service": {"state": "failed", "reason": "exit code 3"}},
             ["failed: exit code 3", "/log"],
