@@ -122,7 +122,8 @@ def test_a_daemon_is_left_alone(tmp_path: Path) -> None:
     """
     os.mkfifo(tmp_path / "ask")
     os.mkfifo(tmp_path / "answer")
-    says = f"read line <{tmp_path}/ask; echo later $line; echo said >{tmp_path}/answer; sleep 1000"
+    says = f"read line <{tmp_path}/ask; echo later $line; echo said >{tmp_path}/answer; "
+    says += "exec sleep 1000"
     does = script(tmp_path / "does", daemon(tmp_path / "pid", says) + "echo up")
     outcome = uvloop.run(run_it(does))
     pid = pid_in(tmp_path / "pid")
@@ -164,7 +165,7 @@ def test_timeout_ends_all_that_descends(tmp_path: Path) -> None:
     that the other node needs.
     """
     orphan, other = tmp_path / "orphan", tmp_path / "other"
-    lines = daemon(orphan, "sleep 1000") + daemon(other, STUBBORN.replace("''", '""'))
+    lines = daemon(orphan, "exec sleep 1000") + daemon(other, STUBBORN.replace("''", '""'))
     does = script(tmp_path / "does", f"({lines})\necho hangs\n{STUBBORN}")
     bystander = processes()
     outcome = uvloop.run(run_it(does, timeout_s=3))
@@ -210,7 +211,7 @@ def test_marked_runs_are_found_later(tmp_path: Path) -> None:
     pids = {name: tmp_path / name for name in ("mine", "theirs")}
 
     async def start(name: str) -> None:
-        does = script(tmp_path / f"start-{name}", daemon(pids[name], "sleep 1000"))
+        does = script(tmp_path / f"start-{name}", daemon(pids[name], "exec sleep 1000"))
         environment: Mapping[str, str] = {**ENVIRONMENT, "NBDMIRROR_MIRROR": name}
         await run(
             [str(does)], timeout_s=60, environment=environment, log=tmp_path / "log", name="start"
