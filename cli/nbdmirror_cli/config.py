@@ -82,6 +82,7 @@ def config_facts(config: Config) -> dict[str, Any]:
                 "id": node.id,
                 "address": str(node.address),
                 "heartbeats": [str(each) for each in node.heartbeats],
+                "probe": str(node.probe) if node.probe else None,
                 "data_dir": str(node.data_dir),
                 "run_dir": str(node.run_dir),
             }
