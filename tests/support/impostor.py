@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from nbdmirror.admin import derive_mirror_id
 from nbdmirror.core.channel import Channel
-from nbdmirror.core.handshake import Handshake, Identity
+from nbdmirror.core.handshake import PROTOCOL_VERSION, Handshake, Identity
 from tests.support.pair import PEER_PORT, Engine, Pair
 
 TIMEOUT_S = 10.0
@@ -50,7 +50,7 @@ def prove(
     engine: Engine,
     *,
     key: bytes = b"",
-    versions: tuple[int, int] = (1, 1),
+    versions: tuple[int, int] = (PROTOCOL_VERSION, PROTOCOL_VERSION),
     node_id: int = 1,
 ) -> Proven:
     """Shake hands as node `node_id`, by default with the mirror's own key.
