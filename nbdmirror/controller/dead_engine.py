@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from nbdmirror.config import Config
-from nbdmirror.core.superblock import DataState, Flags, PendingKind, Superblock, choose
+from nbdmirror.core.leave import left, reason_not_to_speak
+from nbdmirror.core.superblock import choose
 from nbdmirror.errors import RefusedError
 from nbdmirror.metastore import FileMetaStore
 
@@ -35,18 +36,9 @@ class DeadEngine:
         Raises:
             RefusedError: it holds a right of its own, a step is pending, or it is not up to date.
         """
-        sb = self._sb
-        if self._fell_back:
-            reason = "its metadata is damaged, and what it did last is not known"
-        elif sb.data_state is not DataState.UPTODATE:
-            reason = f"it is {sb.data_state.name.lower()}"
-        elif sb.flags & (Flags.ALONE | Flags.PEER_OUTDATED | Flags.SPLIT):
-            reason = "it went on alone, and its peer is the one behind"
-        elif sb.pending_kind is not PendingKind.NONE:
-            reason = "a step of its generations is pending"
-        else:
-            return
-        raise RefusedError(f"no word for the dead engine: {reason}")
+        reason = reason_not_to_speak(self._sb, fell_back=self._fell_back)
+        if reason:
+            raise RefusedError(f"no word for the dead engine: {reason}")
 
     def mark_outdated(self) -> None:
         """Durably outdated, in both slots.
@@ -55,9 +47,7 @@ class DeadEngine:
             StoreError: the metadata could not be written; nothing was said.
         """
         self.require_leaving()
-        sb: Superblock = replace(
-            self._sb, data_state=DataState.OUTDATED, sequence=self._sb.sequence + 1
-        )
+        sb = replace(left(self._sb), sequence=self._sb.sequence + 1)
         self._meta.write_superblock(sb)
         self._sb = sb
 

@@ -35,7 +35,7 @@ def ask_to_leave(node: Node, session: Session) -> Path:
     if not answer.stay or answer.generation != node.sb.generation or not session.live:
         node.shell.emit("leave", stays=False, reason=answer.reason)
         return False
-    yield from node.change(lambda sb: replace(sb, data_state=DataState.OUTDATED))
+    yield from node.change(left)
     session.tell(
         Left(
             mirror_id=node.sb.mirror_id,
@@ -103,7 +103,7 @@ def peer_left(node: Node, session: Session, message: Left) -> Path:
     while is_open(node, message.generation):
         yield from node.wait_to_change(PEER_LEFT)
         try:
-            yield from stay(node, session)
+            yield from stay(node)
         except (RefusedError, StoreError) as error:
             node.shell.emit("peer-left", stored=False, reason=str(error))
         else:
@@ -124,9 +124,9 @@ def is_open(node: Node, generation: bytes) -> bool:
     )
 
 
-def stay(node: Node, session: Session) -> Path:
+def stay(node: Node) -> Path:
     """Store that the peer is outdated; nothing if it has come back, or something else decided."""
-    node.forget_peer_after_loss(session)
+    node.last_session = None
     yield from node.quiesce()
     yield from node.sync()
     if node.sb.pending != NO_GENERATION or node.session is not None or node.stopping:
@@ -159,9 +159,9 @@ class Word:
 def would_stay(node: Node, generation: bytes) -> tuple[str, int]:
     """Asked by the peer's controller, for an engine that is dead or cut off: does this node stay?
 
-    Returns (why not, the number of the session that was the last one). Nothing changes. It stays
-    only if its last session was in sync and nothing was decided since: then it has every write that
-    the leaver acknowledged.
+    Returns (why not, the number of the session that was the last one). Nothing changes but that,
+    having said so, it does not leave after that session itself. It stays only if its last session
+    was in sync and nothing was decided since: then it has every write that the leaver acknowledged.
     """
     last = node.last_session
     if node.session is not None:
@@ -172,7 +172,31 @@ def would_stay(node: Node, generation: bytes) -> tuple[str, int]:
         reason = reason_to_leave(node)
         if node.right or node.sb.pending != NO_GENERATION or generation != node.sb.generation:
             reason = reason or "another generation"
-    return reason, 0 if reason or last is None else last.number
+    if reason or last is None:
+        return reason, 0
+    node.stays_after = last.number
+    return "", last.number
+
+
+def reason_not_to_speak(sb: Superblock, *, fell_back: bool) -> str:
+    """Why a dead engine's copy may not be marked as behind, by its metadata alone; "" if it may.
+
+    It was one of a pair in sync, and no more: whatever it decided for itself is its own to settle.
+    """
+    if fell_back or sb.flags & Flags.FELL_BACK:
+        return "its metadata is damaged, and what it did last is not known"
+    if sb.data_state is not DataState.UPTODATE:
+        return f"it is {sb.data_state.name.lower()}"
+    if sb.flags & (Flags.ALONE | Flags.PEER_OUTDATED | Flags.SPLIT):
+        return "it went on alone, and its peer is the one behind"
+    if sb.pending_kind is not PendingKind.NONE:
+        return "a step of its generations is pending"
+    return ""
+
+
+def left(sb: Superblock) -> Superblock:
+    """The edit of a copy that leaves: complete, and behind from now on."""
+    return replace(sb, data_state=DataState.OUTDATED)
 
 
 def leave_by_word(node: Node, word: Word) -> Path:
@@ -184,10 +208,12 @@ def leave_by_word(node: Node, word: Word) -> Path:
     require_unchanged_since(node, word, "leave")
     if node.role is Role.PRIMARY:
         raise RefusedError("leave: this node is primary; demote it first")
+    if node.stays_after == word.session:
+        raise RefusedError("leave: this node has answered that it stays itself")
 
     def edit(sb: Superblock) -> Superblock:
         require_unchanged_since(node, word, "leave")
-        return replace(sb, data_state=DataState.OUTDATED)
+        return left(sb)
 
     yield from node.change(edit)
     node.last_session = None
@@ -201,9 +227,7 @@ def left_by_word(node: Node, word: Word) -> Path:
         RefusedError: it has come back, or something else was decided since the answer.
     """
     require_unchanged_since(node, word, "peer left")
-    last = node.last_session
-    assert last is not None
-    yield from stay(node, last)
+    yield from stay(node)
     if not node.sb.flags & Flags.PEER_OUTDATED:
         raise RefusedError("peer left: it has come back, or this node is stopping; look again")
 

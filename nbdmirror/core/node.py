@@ -126,6 +126,8 @@ class Node(Durable):
         # Whether a controller commands this engine, and what its peer's last said to it.
         self.attended = False
         self.was_attended = False
+        # The session after which this node has answered, by way of the controllers, that it stays.
+        self.stays_after = 0
         self.relayed = EMPTY
         self.relayed_count = 0
         self._fenced_waiters: list[Waiter] = []
