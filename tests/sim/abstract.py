@@ -46,6 +46,9 @@ class Step(NamedTuple):
     record: Held | None
     forced: bool
     fresh: bool  # nobody has heard of the generation that is pending afterwards
+    offered: (
+        bool  # the other one had given up its right for this generation, and the record held it
+    )
 
     @property
     def gained(self) -> Flags:
@@ -160,17 +163,11 @@ def is_joint_a(s: Step) -> bool:
 
 
 def is_joint_c(s: Step) -> bool:
-    """Rule 9 (c): after the source has given up its right, and after the record."""
-    theirs, after = s.theirs, s.after
-    return (
-        is_joined(after)
-        and theirs.pending_kind is PendingKind.JOINT
-        and theirs.pending == after.generation
-        and not theirs.flags & RIGHTS
-        and (
-            s.record is None or (s.record.generation, s.record.owner) == (after.generation, NOBODY)
-        )
-    )
+    """Rule 9 (c): after the source has given up its right, and after the record.
+
+    The flush in between may take so long that the source has gone on from there.
+    """
+    return is_joined(s.after) and s.offered
 
 
 def is_joint_d(s: Step) -> bool:
@@ -269,6 +266,10 @@ class Abstract:
         self.unsure: list[Superblock | None] = [None, None]
         # Per node: what it has begun to store, by sequence, and what else was durable then.
         self.begun: tuple[dict[int, Begun], dict[int, Begun]] = ({}, {})
+        # Per node that asked by way of the controllers: the one that stays, as it answered.
+        self.stays: dict[int, Superblock] = {}
+        # Joint generations that could be taken, and what the other one had when they last could.
+        self.offers: dict[bytes, Superblock] = {}
         self.steps: list[Step] = []
         for host in hosts:
             host.on_begin = self.begins
@@ -281,6 +282,10 @@ class Abstract:
             if len(names) == 1:
                 alone[names[0]] += 1
         return alone
+
+    def answered(self, asker: int) -> None:
+        """The peer of this node said that it stays."""
+        self.stays[asker] = self.hosts[1 - asker].sb
 
     def step(self) -> None:
         """After each event: whether something durable changed."""
@@ -300,7 +305,7 @@ class Abstract:
         """A superblock changed."""
         before, after = self.blocks[index], self.hosts[index].sb
         self.blocks[index] = after
-        unsure, is_down = self.unsure[index], self.hosts[index].life is None
+        unsure, is_down = self.unsure[index], self.hosts[index].is_silent
         if after == before or (is_down and after == unsure):
             return
         self.unsure[index] = before if is_down else None
@@ -313,22 +318,39 @@ class Abstract:
         if begun is None or begun.superblock != after:
             # Not a store, but what is found on the disk after a power cut.
             begun = Begun(after, self.hosts[1 - index].sb, self.record)
-        step = Step(index, before, after, begun.theirs, begun.record, forced, fresh)
+        theirs = begun.theirs
+        if after.data_state is DataState.OUTDATED is not before.data_state:
+            # The question and what follows from the answer are one step of the model's.
+            theirs = self.stays.pop(index, theirs)
+        offered = self.offers.get(after.generation) == before
+        step = Step(index, before, after, theirs, begun.record, forced, fresh, offered)
         self.steps.append(step)
         if not any(rule(step) for rule in STEPS):
             raise ViolationError(f"model: no step leads {'AB'[index]} there: {told(step)}")
         split = Flags.SPLIT in after.flags and Flags.SPLIT not in before.flags
         if split and self.arbiter is not None and not forced:
             raise ViolationError(f"B2: a split brain under an arbiter with a memory: {told(step)}")
+        self.offer()
         node = self.hosts[index].node
         if node is not None:
             describe(node)
+
+    def offer(self) -> None:
+        """Parts (a) and (b) of a joint step are done, and nothing else was since."""
+        for sb, theirs in (self.blocks, reversed(self.blocks)):
+            if sb.pending_kind is not PendingKind.JOINT or sb.flags & RIGHTS:
+                continue
+            if self.record is None or (
+                (self.record.generation, self.record.owner) == (sb.pending, NOBODY)
+            ):
+                self.offers[sb.pending] = theirs
 
     def swapped(self, after: Held) -> None:
         """The record changed: a claim from what it may be claimed from, or a joint step."""
         before, self.record = self.record, after
         assert before is not None
         assert self.arbiter is not None
+        self.offer()
         if self.checker.forced:
             return
         if after.owner == NOBODY:

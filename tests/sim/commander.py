@@ -22,6 +22,7 @@ from tests.sim.arbiter import Arbiter, Held
 from tests.sim.checks import Checker
 from tests.sim.host import EngineLife, Host
 from tests.sim.net import Network
+from tests.sim.words import Words
 from tests.sim.world import World, sleep
 
 NOBODY = -1
@@ -48,6 +49,7 @@ class Commander:
         self.sane = False
         self.enabled = True
         self._refused_since_ms = 0
+        self.words: Words
 
     # --- one engine ------------------------------------------------------------------------------
 
@@ -186,6 +188,9 @@ class Commander:
 
     def _after_silence(self, life: EngineLife) -> Path:
         node = life.node
+        if self._is_asked_to_leave(life):
+            yield from self.words.leave(life)
+            return
         silent_ms = self.world.now_ms - life.silent_since_ms
         if silent_ms < SILENCE_MS + self.rng.randrange(800) or self._peer_serves(life):
             return
@@ -198,6 +203,12 @@ class Commander:
             yield from self._take_over(life)
         elif self._may_split(life):
             yield from self._try(f"{life.name} promote", roles.promote(node))
+
+    def _is_asked_to_leave(self, life: EngineLife) -> bool:
+        """The peer is frozen and wants to go on; sometimes it asks without a reason."""
+        peer = life.host.peer.node
+        wants = peer is not None and peer.frozen
+        return self.rng.random() < self.words.chance * (0.5 if wants else 0.02)
 
     def _will_meet(self, life: EngineLife) -> bool:
         peer = life.host.peer.life

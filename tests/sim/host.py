@@ -30,6 +30,7 @@ GEOMETRY = Geometry(DEVICE_BYTES, 4096, MIB)
 MIRROR_ID = bytes([7]) * 16
 TICK_MS = 100
 DIAL_MS = (50, 400)
+LOCKED_MS = 50
 
 
 class Host:
@@ -55,6 +56,9 @@ class Host:
         self.boot_id = self._random(16)
         self.sb: Superblock
         self.peer: Host
+        # Whoever speaks for the dead engine, and holds the lock of its metadata meanwhile.
+        self.speaker: Life | None = None
+        self.on_kill: Callable[[Host], None] | None = None
 
     def _random(self, count: int) -> bytes:
         return self.world.rng["shell"].randbytes(count)
@@ -63,6 +67,11 @@ class Host:
         self.errors.append(DiskError(self.world.steps, is_only_copy(self)))
         self.checker.counts["disk_errors"] += 1
         self.world.note(f"{self.name} disk: {operation} fails: {errno.errorcode[number]}")
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether nobody writes here: no engine, and nobody who speaks for a dead one."""
+        return self.life is None and self.speaker is None
 
     # --- creation -------------------------------------------------------------------------------
 
@@ -102,8 +111,11 @@ class Host:
         )
 
     def start(self) -> None:
-        """Start an engine, if none runs."""
+        """Start an engine, if none runs; as soon as the lock of its metadata can be had."""
         if self.life is not None:
+            return
+        if self.speaker is not None:
+            self.world.at(LOCKED_MS, self.world.life, self.start)
             return
         self.world.note(f"{self.name} starts")
         self.life = EngineLife(self)
@@ -117,6 +129,9 @@ class Host:
             life.alive = False
             life.end_clients()
             self.net.kill(life, power=power)
+        if self.speaker is not None:
+            self.speaker.alive = False
+            self.speaker = None
         rng = self.world.rng["disk"]
         self.data.end_life(rng, power=power)
         self.meta.end_life(rng, power=power)
@@ -128,6 +143,8 @@ class Host:
             # A store that had begun, or whose sync had failed, is there all the same.
             self.checker.superblock_stored(self, before, self.sb)
         self.checker.ended_life(self, power=power)
+        if life is not None and not power and self.on_kill is not None:
+            self.on_kill(self)
 
     def crash(self, *, power: bool) -> None:
         """A fault ends the engine, with its page cache or without.

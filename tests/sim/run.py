@@ -19,6 +19,7 @@ from tests.sim.commander import Commander
 from tests.sim.faults import Faults
 from tests.sim.host import Host
 from tests.sim.net import Network
+from tests.sim.words import Words
 from tests.sim.world import ViolationError, World
 
 ARBITERS = ("none", "memory")
@@ -69,14 +70,16 @@ class Simulation:
             host.create(creator=host.index == 0, arbiter=kind, zeroed=zeroed)
         self.arbiter = Arbiter(world, hosts[0].sb.generation, 0) if memory else None
         checker.record = self.arbiter
+        self.abstract = Abstract(hosts, self.arbiter, checker)
         self.commander = Commander(world, hosts, net, checker, self.arbiter)
+        self.words = self.commander.words = Words(world, self.abstract.answered)
         for host in hosts:
             host.on_start = self.commander.attach
+            host.on_kill = self.words.engine_killed
         self.client = Client(world, hosts, checker)
         self.faults = Faults(world, hosts, net, checker, self.commander)
         self.chaos_ms = rng.choice((3_000, 6_000, 10_000))
         self.slots = rng.choice((1, 3, 5))
-        self.abstract = Abstract(hosts, self.arbiter, checker)
         world.after_step = self.after_step
 
     def after_step(self) -> None:
@@ -178,7 +181,7 @@ class Simulation:
             steps=world.steps,
             virtual_ms=world.now_ms,
             faults=self.faults.count,
-            counts=self.checker.counts | self.abstract.counts(),
+            counts=self.checker.counts | self.words.counts | self.abstract.counts(),
         )
 
 

@@ -10,6 +10,7 @@ from tests.sim import sequences_disk as disk
 from tests.sim import sequences_holes as holes
 from tests.sim import sequences_machines as machines
 from tests.sim import sequences_mutants as shown
+from tests.sim import sequences_words as words
 from tests.sim.sequences_scene import Scene
 
 
@@ -72,6 +73,10 @@ SEQUENCES: Final = {
         shown.failed_flush_at_the_stop_is_recorded, shown.page_of_the_map_in_the_cache_only,
         shown.flush_does_not_cover_a_write_under_way, shown.replay_cut_off,
         shown.joint_step_broken_off_often, shown.joint_generation_in_the_cache_only,
+        words.words_for_a_killed_primary, words.words_make_durable,
+        words.no_word_from_another_life, words.no_word_about_another_line,
+        words.secondary_leaves_without_a_link, words.both_asked_without_a_link,
+        words.word_that_comes_too_late, words.next_engine_waits_for_the_words,
         machines.old_peer_after_its_replacement, machines.old_peer_with_the_same_generation,
         machines.old_peer_with_its_page_cache, machines.another_peer_in_a_session,
         machines.written_in_the_first_session, machines.set_back_to_before_the_resync,
@@ -83,7 +88,7 @@ SEQUENCES: Final = {
         holes.joint_lost_then_both_claim, holes.joint_step_broken_off_again,
         holes.claim_flushes_first, holes.power_cut_bars_claim, holes.claim_applied_late,
         holes.claim_applied_then_killed, holes.winner_died, holes.arbiter_has_to_agree,
-        holes.record_lost_to_nobody,
+        holes.record_lost_to_nobody, words.words_for_a_claim,
     ),
 }  # fmt: skip
 

@@ -84,6 +84,9 @@ class Scene:
             host.settings = Settings(flush_interval_ms=NEVER_MS)
             host.hot_regions_max = 0
             host.on_start = self._attach
+            host.on_kill = None
+        # Every word arrives, in its time.
+        self.sim.words.rng = Steady(0.5)
         if self.sim.arbiter is not None:
             self.sim.arbiter.unreliable = False
 

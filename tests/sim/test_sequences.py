@@ -8,13 +8,14 @@ from tests.sim import (
     sequences_holes,
     sequences_machines,
     sequences_mutants,
+    sequences_words,
 )
 from tests.sim.sequences import SEQUENCES, play
 
 HELPERS = {
     "begin_resync", "until_target_took", "both_kept", "is_told", "returns", "hands_over", "spawns",
     "images", "put", "replaced", "old_one_is_back",
-    "set_back_when_copied",
+    "set_back_when_copied", "speak", "word",
 }  # fmt: skip
 MODULES = (
     sequences_crashes,
@@ -22,6 +23,7 @@ MODULES = (
     sequences_holes,
     sequences_machines,
     sequences_mutants,
+    sequences_words,
 )
 
 

@@ -180,9 +180,8 @@ DATA: Final = (
         "replica-flush-lies", 5,
         "the peer reports a flush that it did not do",
         core("replica",
-             "            yield (node.store.fdatasync,)\n"
-             "            session.flush_done_seq = seq\n",
-             "            yield (node.shell.pace, 0)\n            session.flush_done_seq = seq\n"),
+             "            yield (node.store.fdatasync,)\n            if node.sb.data_state",
+             "            yield (node.shell.pace, 0)\n            if node.sb.data_state"),
         quick=True,
     ),
     Mutant(
@@ -292,9 +291,9 @@ DATA: Final = (
         "failed-sync-forgotten", 5,
         "a sync that failed is tried again and believed",
         core("node", "            self.note_failure(str(error))\n"
-             "            yield from self.record_failure()\n            raise\n\n"
-             "    def note_failure",
-             "            raise\n\n    def note_failure"),
+             "            yield from self.record_failure()\n            raise\n"
+             "        if self.failed:\n",
+             "            raise\n        if self.failed:\n"),
         sequences=("failed_sync_is_remembered",), quick=True,
     ),
     Mutant(

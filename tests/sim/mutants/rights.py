@@ -180,7 +180,7 @@ RIGHTS: Final = (
         core("leave",
              "    yield from node.sync()\n    if node.sb.pending != NO_GENERATION",
              "    if node.sb.pending != NO_GENERATION"),
-        sequences=("leave_under_load",), quick=True,
+        sequences=("words_make_durable", "leave_under_load"), quick=True,
     ),
     # --- 11: the right is taken at the decision --------------------------------------------------
     Mutant(
@@ -281,17 +281,37 @@ RIGHTS: Final = (
         "leaver-stays", 16,
         "a node that is leaving itself answers that it stays",
         core("leave",
-             "    elif node.stopping or node.changing in (\"leave\", \"stop\"):\n",
-             "    elif node.failed and node.stopping:\n"),
+             "    if node.stopping or node.changing in (\"leave\", \"stop\"):\n",
+             "    if node.failed and node.stopping:\n"),
         sequences=("both_stop_at_once",), quick=True,
     ),
     Mutant(
         "leave-not-stored", 16,
         "a node says that it is outdated before it is",
         core("leave",
-             "    yield from node.change(lambda sb: replace(sb, data_state=DataState.OUTDATED))\n",
-             ""),
+             "    yield from node.change(left)\n    session.tell(\n", "    session.tell(\n"),
         sequences=("left_node_does_not_start",), quick=True,
+    ),
+    Mutant(
+        "word-of-another-life", 16,
+        "a node that lost its page cache since stays, and goes on without what the leaver had",
+        core("leave", "    elif last is None:\n", "    elif False:\n"),
+        sequences=("no_word_from_another_life",), quick=True,
+    ),
+    Mutant(
+        "word-of-another-line", 16,
+        "a node stays for a leaver that has gone on alone, and whose writes it lacks",
+        core("leave",
+             "        if node.right or node.sb.pending != NO_GENERATION or generation !="
+             " node.sb.generation:\n",
+             "        if node.right or node.sb.pending != NO_GENERATION:\n"),
+        sequences=("no_word_about_another_line",),
+    ),
+    Mutant(
+        "word-to-both", 16,
+        "both nodes are asked at once, both stay and both leave: nobody may serve",
+        core("leave", "    if node.stays_after == word.session:\n", "    if False:\n"),
+        sequences=("both_asked_without_a_link",),
     ),
     # --- contact: split brain, roll-back, replay -------------------------------------------------
     Mutant(
