@@ -221,6 +221,7 @@ class Invitation:
         )
         self._visitors: dict[asyncio.Task[None], _Visitor] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._pause: asyncio.TimerHandle | None = None
         self._failures = 0
         self._late = False
         self._end: asyncio.Future[tuple[str, str]] | None = None
@@ -240,7 +241,7 @@ class Invitation:
         """
         loop = asyncio.get_running_loop()
         self._end = loop.create_future()
-        accepting = loop.create_task(self._accept_for_ever())
+        self._hear()
         try:
             try:
                 return await asyncio.wait_for(asyncio.shield(self._end), timeout_s)
@@ -250,7 +251,10 @@ class Invitation:
                     self._nobody()
                 return await self._end
         finally:
-            tasks = [accepting, *self._tasks]
+            if self._pause is not None:
+                self._pause.cancel()
+            loop.remove_reader(self._listener)
+            tasks = list(self._tasks)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -276,22 +280,30 @@ class Invitation:
             )
         )
 
-    async def _accept_for_ever(self) -> None:
+    def _hear(self) -> None:
+        asyncio.get_running_loop().add_reader(self._listener, self._accept)
+
+    def _accept(self) -> None:
+        """Take one connection; who is here already has a turn before the next one.
+
+        Without an await: a task that is cancelled with a connection in its hand would lose it.
+        """
         loop = asyncio.get_running_loop()
-        while True:
-            try:
-                connection, address = await loop.sock_accept(self._listener)
-            except OSError:
-                # Out of descriptors, or the connection is gone already. Or the end.
-                await asyncio.sleep(PAUSE_S)
-                continue
-            self._make_room()
-            visitor = _Visitor(connection, str(address[0]))
-            task = loop.create_task(self._visited(visitor))
-            self._visitors[task] = visitor
-            self._tasks.add(task)
-            task.add_done_callback(partial(self._left, visitor))
-            await asyncio.sleep(0)  # who is here already has a turn before the next one
+        try:
+            connection, address = self._listener.accept()
+        except BlockingIOError:
+            return
+        except OSError:
+            # Out of descriptors, or the connection is gone already.
+            loop.remove_reader(self._listener)
+            self._pause = loop.call_later(PAUSE_S, self._hear)
+            return
+        self._make_room()
+        visitor = _Visitor(connection, str(address[0]))
+        task = loop.create_task(self._visited(visitor))
+        self._visitors[task] = visitor
+        self._tasks.add(task)
+        task.add_done_callback(partial(self._left, visitor))
 
     def _left(self, visitor: _Visitor, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)

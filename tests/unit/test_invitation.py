@@ -205,6 +205,17 @@ def test_two_with_one_token_meet() -> None:
     assert not set(made.to_joiner[1:]) & set(again.to_joiner[1:])
 
 
+@pytest.mark.parametrize("nonces", [(THREE, TWO), (ONE, THREE)], ids=["joiner", "inviter"])
+def test_new_random_numbers_are_new_keys(nonces: tuple[bytes, bytes]) -> None:
+    """Breaks in the field: two tries with one token use one key stream, and who recorded both has
+    the difference of what they carried, the key of the mirror with it.
+    """
+    one, two = meet(), meet(nonces=nonces)
+    for first, second in zip(in_order(one), in_order(two), strict=True):
+        if first[0] >= Kind.WELCOME:  # without the tag, which differs in any case
+            assert first[HEADER_BYTES:-16] != second[HEADER_BYTES:-16]
+
+
 def test_a_wrong_secret_gets_a_random_number_and_nothing_else() -> None:
     """Breaks in the field: whoever reaches the port gets a proof to work on, or the mirror."""
     heard: list[bytes] = []

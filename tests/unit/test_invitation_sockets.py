@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import resource
 import socket
 import threading
 from collections.abc import Callable, Coroutine
@@ -21,6 +22,7 @@ from nbdmirror.errors import (
 from nbdmirror.invitation import ATTEMPTS_MAX, CONNECTIONS_MAX, Invitation, join, join_over
 from nbdmirror.token_exchange import (
     HEADER_BYTES,
+    Kind,
     Offer,
     Outcome,
     Proven,
@@ -193,8 +195,20 @@ def test_a_join_that_cannot_be_made_tells_why_and_may_come_again() -> None:
     ]
 
 
-def talked(connection: socket.socket, secret: bytes, budget: int) -> None:
-    """A joiner that sends so many bytes, hears what comes, and then goes away."""
+def nothing() -> None:
+    """What happens meanwhile, by default."""
+
+
+def talked(
+    connection: socket.socket,
+    secret: bytes,
+    budget: int,
+    greeted: Callable[[], None] = nothing,
+) -> None:
+    """A joiner that sends so many bytes, hears what comes, and then goes away.
+
+    `greeted` is called when the inviter has answered the first message.
+    """
     steps = joining(secret, os.urandom(32))
     answer: Any = None
     with connection, contextlib.suppress(OSError, PeerProtocolError, StopIteration):
@@ -206,6 +220,8 @@ def talked(connection: socket.socket, secret: bytes, budget: int) -> None:
                 answer = Outcome(node="beta")
             elif isinstance(step, Receive):
                 answer = reader.read(body_bytes(reader.read(HEADER_BYTES), step.kind))
+                if step.kind is Kind.CHALLENGE:
+                    greeted()
             else:
                 assert not isinstance(step, Proven)
                 connection.sendall(step.frame[: max(budget, 0)])
@@ -369,11 +385,41 @@ def test_another_host_keeps_its_place_in_a_flood() -> None:
         held.append(quiet)
         strangers = range(3 * CONNECTIONS_MAX)
         held.extend([await asyncio.to_thread(garbage, host, 0) for _ in strangers])
+        # Who comes last was accepted after all of them, and a wrong token is an attempt.
+        assert isinstance(await host.joined(secret=OTHER_SECRET), AuthenticationError)
+        assert len(host.told) == 1
+        assert len(host.invitation._visitors) <= CONNECTIONS_MAX
         # The oldest of all is still heard: it is the only one of its host.
         await asyncio.to_thread(talked, quiet, host.token.secret, 1 << 20)
 
     try:
         assert host.run(guests()) == ("beta", "127.0.0.9")
+    finally:
+        for each in held:
+            each.close()
+
+
+def test_who_said_a_valid_word_keeps_its_place_before_the_silent() -> None:
+    """Breaks in the field: connections from the second server itself push its join out."""
+    host = Host()
+    held: list[socket.socket] = []
+
+    def strangers() -> None:
+        held.extend(garbage(host, 0) for _ in range(3 * CONNECTIONS_MAX))
+
+    async def guests() -> None:
+        address = (host.token.address.host, host.token.address.port)
+        right = await asyncio.to_thread(socket.create_connection, address, BOUND_S)
+        await asyncio.to_thread(talked, right, host.token.secret, 1 << 20, come)
+
+    def come() -> None:
+        strangers()
+        # Who comes last was accepted after all of them.
+        with pytest.raises(AuthenticationError):
+            join(Token(host.token.address, OTHER_SECRET), made_as_beta)
+
+    try:
+        assert host.run(guests(), timeout_s=BOUND_S / 2) == ("beta", "127.0.0.1")
     finally:
         for each in held:
             each.close()
@@ -394,3 +440,49 @@ def test_nobody_there_is_said_in_a_sentence() -> None:
         SessionLostError, match=r"nobody listens at 127.0.0.1:\d+ .*nbdmirror invite"
     ):
         join(Token(Address("127.0.0.1", port), SECRET), made_as_beta)
+
+
+def test_a_lack_of_descriptors_is_waited_out() -> None:
+    """Breaks in the field: a server that is short of descriptors for a moment spins, or never hears
+    the one that joins.
+    """
+
+    class Watched(Invitation):
+        """Counts how often it begins to listen, and how often it tries to accept."""
+
+        hearings = 0
+        tries = 0
+
+        def _accept(self) -> None:
+            self.tries += 1
+            super()._accept()
+
+        def _hear(self) -> None:
+            super()._hear()
+            self.hearings += 1
+            if self.hearings == 2:
+                tries.append(self.tries)
+                again.set()
+
+    again = asyncio.Event()
+    tries: list[int] = []
+    host = Host()
+    host.invitation.close()
+    host.invitation = Watched(OFFER, ("127.0.0.1", 0), host.told.append)
+    host.token = host.invitation.token
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def guest() -> None:
+        address = (host.token.address.host, host.token.address.port)
+        connection = socket.create_connection(address, BOUND_S)
+        lowest = os.dup(0)
+        os.close(lowest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, before[1]))
+        try:
+            await again.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        await asyncio.to_thread(talked, connection, host.token.secret, 1 << 20)
+
+    assert host.run(guest()) == ("beta", "127.0.0.1")
+    assert tries == [1]
