@@ -61,6 +61,7 @@ def serve(connection: socket.socket, budget: int) -> None:
                     return
 
 
+@pytest.mark.slow
 def test_an_inviter_that_goes_at_any_byte_is_an_error_and_no_mirror() -> None:
     """Breaks in the field: a cut line leaves half a mirror, or a traceback at the second server."""
     total = sum(map(len, meet().to_joiner))
@@ -284,6 +285,7 @@ def test_a_join_under_way_is_let_through_and_alone() -> None:
     assert results[1].node == "beta"
 
 
+@pytest.mark.slow
 def test_the_time_ends_while_a_join_is_under_way() -> None:
     """Breaks in the field: as above, by the clock itself."""
     host = Host()
@@ -337,6 +339,7 @@ def garbage(host: Host, number: int) -> socket.socket:
     return connection
 
 
+@pytest.mark.slow
 def test_a_flood_of_strangers_does_not_keep_the_right_one_out() -> None:
     """Breaks in the field: a port scanner on the network, and no mirror can be made there."""
     host = Host()
@@ -374,6 +377,7 @@ def test_a_flood_of_strangers_does_not_keep_the_right_one_out() -> None:
     assert len(host.invitation._visitors) <= CONNECTIONS_MAX + 1
 
 
+@pytest.mark.slow
 def test_another_host_keeps_its_place_in_a_flood() -> None:
     """Breaks in the field: one host that holds connections open pushes the second server out."""
     host = Host()
@@ -399,6 +403,7 @@ def test_another_host_keeps_its_place_in_a_flood() -> None:
             each.close()
 
 
+@pytest.mark.slow
 def test_who_said_a_valid_word_keeps_its_place_before_the_silent() -> None:
     """Breaks in the field: connections from the second server itself push its join out."""
     host = Host()
