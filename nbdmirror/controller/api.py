@@ -234,9 +234,10 @@ class Api:
     def _require_swap(self, what: str) -> None:
         v = self._conductor.look_at_everything()
         if not self._conductor.orders.can_swap(v):
+            role = f"{v.peer.role} {v.peer.readiness}" if v.peer.heard else "not heard"
             raise RefusedError(
-                f"{what}: {v.settings.peer_name} cannot take over: it is "
-                f"{v.peer.role or 'not heard'} {v.peer.readiness}; wait until it is SECOND ready"
+                f"{what}: {v.settings.peer_name} cannot take over: it is {role}; "
+                "wait until it is SECOND ready"
             )
 
     async def _restart(self, _args: Arguments) -> str:

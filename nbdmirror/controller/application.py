@@ -15,7 +15,7 @@ from typing import Any, Final
 from nbdmirror.config_cluster import ApplicationSection
 from nbdmirror.controller.bounded import ENVIRONMENT
 from nbdmirror.controller.holders import end_holders, sentences
-from nbdmirror.controller.scripts import Outcome, end_marked, run
+from nbdmirror.controller.scripts import Outcome, end_marked, end_unfinished, run
 from nbdmirror.errors import RefusedError
 
 SYSTEMCTL: Final = "systemctl"
@@ -140,7 +140,8 @@ class Application:
         """Stop it: the units in reverse order, then the stop script, within `stop_timeout_s`.
 
         Where that fails, again by force within `force_timeout_s`; where that fails too, what uses
-        the mount and what the scripts left behind is killed. A start that is going on is ended.
+        the mount and what the scripts left behind is killed. A start that is going on is ended,
+        also that of a controller that was killed.
         Returns a sentence for everything that went wrong; raises nothing. Does nothing when this
         controller has stopped it already.
         """
@@ -151,6 +152,7 @@ class Application:
             self.state = "stopping"
             said: list[str] = []
             done = await self._graceful(said) or await self._forced(said)
+            done = done and await self._end_unfinished_start(said)
             done = done or await self._last_resort(said)
             self._surely_stopped = done
             self.state, self._reason = "stopped" if done else "failed", "; ".join(said)
@@ -184,8 +186,16 @@ class Application:
         if not self._section.start:
             return True
         # Nobody else stops what the start script left behind.
-        ending = await end_marked(self._names, grace_s=_left_s(until))
+        ending = await end_marked(self._log, grace_s=_left_s(until))
         said += [f"{each} did not end at SIGTERM and was killed" for each in ending.killed]
+        return not ending.left and not ending.blind
+
+    async def _end_unfinished_start(self, said: list[str]) -> bool:
+        """End a start script that a killed controller left: it would start it after this stop."""
+        if not self._section.start:
+            return True
+        ending = await end_unfinished(self._log, self._section.start, grace_s=LEFT_S)
+        said += sentences(ending, "was started by a start script that a killed controller left")
         return not ending.left and not ending.blind
 
     async def _last_resort(self, said: list[str]) -> bool:
@@ -193,7 +203,7 @@ class Application:
         if self._mount_point is not None:
             with contextlib.suppress(OSError):  # of reading /proc
                 said += await end_holders(self._mount_point, HOLDERS_S)
-        ending = await end_marked(self._names, grace_s=LEFT_S)
+        ending = await end_marked(self._log, grace_s=LEFT_S)
         said += sentences(ending, "was started by a script of this mirror")
         done = not ending.left and not ending.blind
         for unit in self._section.units:

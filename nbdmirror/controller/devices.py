@@ -85,13 +85,18 @@ async def attach(
         raise RefusedError(
             f"the device of {places.mirror} cannot be made: {error}; see {places.log}"
         ) from error
-    _note(places, made)
+    _note(places, made, tell)
     return made
 
 
-def _note(places: Places, made: Attached) -> None:
+def _note(places: Places, made: Attached, tell: Callable[[str], None]) -> None:
+    """A full disk under run_dir costs the adoption by the next controller, and nothing else."""
     record = Record(made.kind, made.device, made.helper.pid, made.helper.started)
-    write_record(places.record, record)
+    try:
+        write_record(places.record, record)
+    except OSError as error:
+        tell(f"{places.record} cannot be written ({error.strerror}): a controller that is started "
+             "again does not adopt the device, and restarts the application")  # fmt: skip
 
 
 # --- the kernel's client --------------------------------------------------------------------------
@@ -112,7 +117,7 @@ async def _kernel(places: Places, timeout_s: int, tell: Callable[[str], None]) -
                  "-timeout", str(timeout_s)]  # fmt: skip
         helper = await _start(words, places, tell)
         made = Attached(KERNEL, device, helper)
-        _note(places, made)
+        _note(places, made, tell)
         pid, size = BLOCK / name / "pid", BLOCK / name / "size"
 
         def connected(pid: Path = pid, size: Path = size, helper: Process = helper) -> bool:
@@ -144,7 +149,7 @@ async def _fuse(places: Places, tell: Callable[[str], None]) -> Attached:
     words = ["nbdfuse", str(places.file), "--unix", str(places.export)]
     helper = await _start(words, places, tell)
     made = Attached(FUSE, "", helper)
-    _note(places, made)
+    _note(places, made, tell)
     await _until(
         lambda: at(places.fuse, mounts()) is not None, helper, "nbdfuse has mounted", places
     )
@@ -211,7 +216,10 @@ def _spawn(words: list[str], log: Path) -> tuple[Process | None, list[str]]:
     with contextlib.suppress(FileNotFoundError):
         log.replace(log.with_name(log.name + ".1"))  # what the last one said in the end
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-    out = os.open(log, flags, FILE_MODE)
+    try:
+        out = os.open(log, flags, FILE_MODE)
+    except OSError:
+        out = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     try:
         pid = start(words, ENVIRONMENT, out, out)
     finally:

@@ -21,11 +21,19 @@ import stat
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
 from nbdmirror.controller.bounded import PATH, ended, in_thread, start
-from nbdmirror.controller.processes import Ending, Process, end, process, processes
+from nbdmirror.controller.processes import (
+    SCAN_S,
+    Ending,
+    Process,
+    end,
+    process,
+    processes,
+)
 from nbdmirror.files import FILE_MODE
 from nbdmirror.limits import KIB, MIB
 
@@ -91,9 +99,10 @@ async def run(
     """
     began = time.monotonic()
     # Not the arguments: a file that others may read is no place for what they may hold.
+    marked = {**environment, RUN_VARIABLE: f"{_family(log)}{secrets.token_hex(16)}"}
     sink = await _open(log, f"--- {name}: {command[0]}\n")
     try:
-        code, timed_out, why = await _run(command, timeout_s, environment, sink)
+        code, timed_out, why = await _run(command, timeout_s, marked, sink)
         took_s = time.monotonic() - began
         outcome = Outcome(code, timed_out, took_s, why or await _tail(sink))
         _note(sink, f"--- {name}: {str(outcome).partition(';')[0]}\n")
@@ -103,11 +112,9 @@ async def run(
 
 
 async def _run(
-    command: Sequence[str], timeout_s: float, environment: Mapping[str, str], sink: _Sink
+    command: Sequence[str], timeout_s: float, marked: Mapping[str, str], sink: _Sink
 ) -> tuple[int | None, bool, str]:
     """Exit code, whether it timed out, and why it did not start."""
-    marker = secrets.token_hex(16)
-    marked = {**environment, RUN_VARIABLE: marker}
     try:
         pid = start(_as_others(command), marked, sink.descriptor, sink.descriptor)
     except OSError as error:
@@ -116,10 +123,10 @@ async def _run(
     try:
         return await asyncio.wait_for(ended(pid), timeout_s), False, ""
     except TimeoutError:
-        await _end_run(pid, root, marker)
+        await _end_run(pid, root, marked[RUN_VARIABLE])
         return None, True, ""
     except asyncio.CancelledError:
-        await asyncio.shield(_end_run(pid, root, marker))
+        await asyncio.shield(_end_run(pid, root, marked[RUN_VARIABLE]))
         raise
 
 
@@ -139,20 +146,49 @@ def _as_others(command: Sequence[str]) -> list[str]:
 
 async def _end_run(pid: int, root: Process | None, marker: str) -> None:
     """End a script and all that descends from it: SIGTERM, two seconds, SIGKILL."""
-    mark = f"{RUN_VARIABLE}={marker}"
-    await end(lambda: _tree(root, [mark]), grace_s=TERM_S)
+    await end(lambda: _tree(root, marker), grace_s=TERM_S)
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(ended(pid), REAP_S)
 
 
-async def end_marked(variables: Mapping[str, str], *, grace_s: float) -> Ending:
-    """End everything that any run with these variables in its environment left behind."""
-    marks = [f"{key}={value}" for key, value in variables.items()]
-    return await end(lambda: _tree(None, [f"{RUN_VARIABLE}=", *marks]), grace_s=grace_s)
+async def end_marked(log: Path, *, grace_s: float) -> Ending:
+    """End everything that any run with this log file left behind, also one of an earlier life."""
+    return await end(lambda: _tree(None, _family(log)), grace_s=grace_s)
 
 
-def _tree(root: Process | None, marks: Sequence[str]) -> list[Process]:
-    """The script, its session, its descendants, and whoever carries all marks.
+async def end_unfinished(log: Path, command: Sequence[str], *, grace_s: float) -> Ending:
+    """End the runs of a script that go on although the controller that began them was killed.
+
+    With all that descends from such a run; what a run that has ended left behind stays.
+    """
+    try:
+        marks = await in_thread(lambda: _unfinished(_family(log), command), SCAN_S)
+    except TimeoutError:
+        return Ending(blind=True)
+    if not marks:
+        return Ending()
+    return await end(lambda: [e for mark in marks for e in _tree(None, mark)], grace_s=grace_s)
+
+
+def _unfinished(family: str, command: Sequence[str]) -> list[str]:
+    """The marks of the runs whose own process is there: a session's leader, with these words."""
+    words = [os.fsencode(each) for each in command]
+    leaders = [each.pid for each in processes() if each.pid == each.session]
+    marks = {pid: mark for pid in leaders if (mark := _mark(pid)).startswith(family)}
+    # Before them stands an interpreter, if it is a script.
+    return [mark for pid, mark in marks.items() if _strings(pid, "cmdline")[-len(words) :] == words]
+
+
+def _family(log: Path) -> str:
+    """How the marks of all runs with this log file begin.
+
+    Two mirrors, and two nodes that share a machine, have different ones, whatever their names.
+    """
+    return f"{sha256(os.fsencode(log)).hexdigest()[:16]}-"
+
+
+def _tree(root: Process | None, mark: str) -> list[Process]:
+    """The script, its session, its descendants, and whoever carries a mark that begins so.
 
     A daemon that forked twice into a session of its own has lost every tie but its environment.
     """
@@ -160,23 +196,26 @@ def _tree(root: Process | None, marks: Sequence[str]) -> list[Process]:
     found = {
         each.pid
         for each in everyone
-        if each == root or (root and each.session == root.pid) or _carries(each.pid, marks)
+        if each == root or (root and each.session == root.pid) or _mark(each.pid).startswith(mark)
     }
     while more := {e.pid for e in everyone if e.parent in found and e.pid not in found}:
         found |= more
     return [each for each in everyone if each.pid in found]
 
 
-def _carries(pid: int, marks: Sequence[str]) -> bool:
-    """Whether the environment has these: `NAME=` is any value, `NAME=value` that one."""
+def _mark(pid: int) -> str:
+    """The mark that a process carries, or ""."""
+    name = os.fsencode(f"{RUN_VARIABLE}=")
+    marks = [each for each in _strings(pid, "environ") if each.startswith(name)]
+    return os.fsdecode(marks[0].removeprefix(name)) if marks else ""
+
+
+def _strings(pid: int, name: str) -> list[bytes]:
+    """What a file of /proc/PID holds; [] when the process has ended."""
     try:
-        lines = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return Path(f"/proc/{pid}/{name}").read_bytes().split(b"\0")[:-1]
     except OSError:
-        return False
-    return all(
-        any(line.startswith(mark) if mark.endswith(b"=") else line == mark for line in lines)
-        for mark in map(os.fsencode, marks)
-    )
+        return []
 
 
 # --- the log file -----------------------------------------------------------------------------
