@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +269,35 @@ def test_a_start_that_is_cancelled_ends(tmp_path: Path) -> None:
     uvloop.run(main())
     assert not alive(pid_in(tmp_path / "pid"))
     assert made.it.state == "failed"
+
+
+def test_a_start_of_a_killed_controller_is_ended(tmp_path: Path) -> None:
+    """Breaks in the field: the stop of the next controller is done, and then the start script of
+    the one that was killed starts the application.
+    """
+    os.mkfifo(tmp_path / "up")
+    start = f"echo $$ >{tmp_path}/pid; echo >{tmp_path}/up; sleep 1000"
+    made = Made(tmp_path, **scripts(tmp_path, start=start))
+    code = (
+        "import sys; from pathlib import Path; import asyncio\n"
+        "from tests.controller.test_application import Made\n"
+        "where = Path(sys.argv[1])\n"
+        "made = Made(where, start=[str(where / 'start'), 'with', 'words'])\n"
+        "asyncio.run(made.it.start())\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) as controller:
+        (tmp_path / "up").read_text()
+        controller.kill()
+    pid = pid_in(tmp_path / "pid")
+    try:
+        assert alive(pid)
+        said = uvloop.run(made.it.stop())
+        assert not alive(pid)
+        text = "was started by a start script that a killed controller left and was ended"
+        assert any(text in each for each in said)
+        assert made.it.state == "stopped"
+    finally:
+        end(pid)
 
 
 def test_a_unit_that_does_not_stop_is_killed(tmp_path: Path) -> None:

@@ -3,12 +3,12 @@
 import asyncio
 import os
 import stat
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import uvloop
 
+from nbdmirror.controller.bounded import start
 from nbdmirror.controller.processes import process, processes
 from nbdmirror.controller.scripts import (
     LOG_BYTES_MAX,
@@ -17,6 +17,7 @@ from nbdmirror.controller.scripts import (
     TAIL_BYTES,
     Outcome,
     end_marked,
+    end_unfinished,
     run,
 )
 from tests.controller.doing import alive, end, pid_in, script, tmpfs
@@ -34,7 +35,7 @@ async def run_it(path: Path, *arguments: str, timeout_s: float = 60) -> Outcome:
     return await run(
         [str(path), *arguments],
         timeout_s=timeout_s,
-        environment=ENVIRONMENT,
+        environment={**ENVIRONMENT, "PLACE": str(path.parent)},
         log=path.with_name("log"),
         name="test",
     )
@@ -105,7 +106,7 @@ def test_only_the_given_environment(tmp_path: Path) -> None:
     does = script(tmp_path / "does", "cat; exec env")
     outcome = uvloop.run(run_it(does))
     seen = {line.partition("=")[0] for line in outcome.tail.splitlines()}
-    assert seen - {"PWD", "_", "SHLVL", "OLDPWD"} == {"PATH", RUN_VARIABLE}
+    assert seen - {"PWD", "_", "SHLVL", "OLDPWD"} == {"PATH", "PLACE", RUN_VARIABLE}
     assert "PWD=/" in outcome.tail.splitlines()
 
 
@@ -167,23 +168,22 @@ def test_timeout_ends_all_that_descends(tmp_path: Path) -> None:
     orphan, other = tmp_path / "orphan", tmp_path / "other"
     lines = daemon(orphan, "exec sleep 1000") + daemon(other, STUBBORN.replace("''", '""'))
     does = script(tmp_path / "does", f"({lines})\necho hangs\n{STUBBORN}")
-    bystander = processes()
     outcome = uvloop.run(run_it(does, timeout_s=3))
     assert outcome.timed_out
     assert outcome.code is None
     assert outcome.tail == "hangs"
     assert not alive(pid_in(orphan))
     assert not alive(pid_in(other))
-    marked = [each for each in processes() if carries_run(each.pid) and each not in bystander]
-    assert marked == []
+    assert [each for each in processes() if belongs(each.pid, tmp_path)] == []
 
 
-def carries_run(pid: int) -> bool:
-    """Whether a process descends from any run."""
+def belongs(pid: int, place: Path) -> bool:
+    """Whether a process has the arguments or the environment of a script of this test."""
     try:
-        return f"{RUN_VARIABLE}=".encode() in Path(f"/proc/{pid}/environ").read_bytes()
+        files = [Path(f"/proc/{pid}/{name}").read_bytes() for name in ("cmdline", "environ")]
     except OSError:
         return False
+    return any(bytes(place) in each for each in files) and pid != os.getpid()
 
 
 def test_cancelling_ends_it(tmp_path: Path) -> None:
@@ -212,15 +212,13 @@ def test_marked_runs_are_found_later(tmp_path: Path) -> None:
 
     async def start(name: str) -> None:
         does = script(tmp_path / f"start-{name}", daemon(pids[name], "exec sleep 1000"))
-        environment: Mapping[str, str] = {**ENVIRONMENT, "NBDMIRROR_MIRROR": name}
-        await run(
-            [str(does)], timeout_s=60, environment=environment, log=tmp_path / "log", name="start"
-        )
+        log = tmp_path / f"log-{name}"
+        await run([str(does)], timeout_s=60, environment=ENVIRONMENT, log=log, name="start")
 
     async def main() -> None:
         await start("mine")
         await start("theirs")
-        ending = await end_marked({"NBDMIRROR_MIRROR": "mine"}, grace_s=30)
+        ending = await end_marked(tmp_path / "log-mine", grace_s=30)
         assert [each.pid for each in ending.asked] != []
         assert ending.killed == ()
 
@@ -231,6 +229,45 @@ def test_marked_runs_are_found_later(tmp_path: Path) -> None:
     finally:
         for path in pids.values():
             end(pid_in(path))
+
+
+def test_only_runs_that_go_on_are_unfinished(tmp_path: Path) -> None:
+    """Breaks in the field: the start script of a controller that was killed goes on and starts the
+    application after the stop; or what a start that has ended left behind is ended with it.
+    """
+    os.mkfifo(tmp_path / "up")
+    up = script(tmp_path / "up.sh", daemon(tmp_path / "daemon", "exec sleep 1000"))
+    hangs = "sleep 1000 & echo $! >$D/child; echo $$ >$D/own; echo >$D/up; wait"
+    does = script(tmp_path / "does", hangs)
+
+    async def main() -> None:
+        await run_it(up)
+        # Not by run(): the controller that began it is no longer there.
+        mark = own_marks(pid_in(tmp_path / "daemon"))[0].decode()
+        log = os.open(tmp_path / "log", os.O_RDWR)
+        start([str(does), "words"], {**ENVIRONMENT, RUN_VARIABLE: f"{mark[:17]}other"}, log, log)
+        os.close(log)
+        await asyncio.to_thread((tmp_path / "up").read_text)
+        other = await end_unfinished(tmp_path / "log", [str(does), "other"], grace_s=30)
+        assert other.asked == ()
+        ending = await end_unfinished(tmp_path / "log", [str(does), "words"], grace_s=30)
+        assert pid_in(tmp_path / "own") in [each.pid for each in ending.asked]
+
+    try:
+        uvloop.run(main())
+        assert not alive(pid_in(tmp_path / "own"))
+        assert not alive(pid_in(tmp_path / "child"))
+        assert alive(pid_in(tmp_path / "daemon"))
+    finally:
+        for name in ("own", "child", "daemon"):
+            end(pid_in(tmp_path / name))
+
+
+def own_marks(pid: int) -> list[bytes]:
+    """The values of the variable that marks a run, in a process."""
+    name = f"{RUN_VARIABLE}=".encode()
+    lines = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return [line.removeprefix(name) for line in lines if line.startswith(name)]
 
 
 def test_log_is_rotated(tmp_path: Path) -> None:
