@@ -7,6 +7,7 @@ from typing import Final
 
 from tests.sim import sequences_crashes as crashes
 from tests.sim import sequences_disk as disk
+from tests.sim import sequences_hangs as hangs
 from tests.sim import sequences_holes as holes
 from tests.sim import sequences_machines as machines
 from tests.sim import sequences_mutants as shown
@@ -55,16 +56,16 @@ SEQUENCES: Final = {
         disk.local_trim_fails, disk.failed_primary_acknowledges_nothing,
         disk.local_read_fails, disk.flush_without_space, disk.second_flush_fails,
         disk.durable_write_not_synced, disk.last_copy_is_full, disk.full_in_the_joint_step,
-        disk.full_before_the_joint_step, disk.one_tidying_at_a_time, disk.flush_hangs,
-        disk.background_flush_hangs,
-        disk.read_hangs, disk.failure_while_the_right_is_taken,
-        disk.peer_left_behind_a_late_write, disk.peer_back_before_its_word_is_stored,
-        disk.late_write_before_a_swap, disk.late_write_behind_a_cut,
-        disk.only_copy_with_a_hung_write, disk.failure_beside_a_hung_write,
-        disk.request_of_an_earlier_term, disk.pieces_and_a_decision,
-        disk.pieces_and_the_peers_word, disk.slow_peer_makes_progress,
-        disk.slow_peer_takes_small_writes,
-        disk.block_status_waits_for_a_zero,
+        disk.full_before_the_joint_step, hangs.one_tidying_at_a_time, hangs.flush_hangs,
+        hangs.background_flush_hangs,
+        hangs.read_hangs, disk.failure_while_the_right_is_taken,
+        hangs.peer_left_behind_a_late_write, hangs.peer_back_before_its_word_is_stored,
+        hangs.late_write_before_a_swap, hangs.late_write_behind_a_cut,
+        hangs.only_copy_with_a_hung_write, hangs.failure_beside_a_hung_write,
+        hangs.request_of_an_earlier_term, hangs.pieces_and_a_decision,
+        hangs.pieces_and_the_peers_word, hangs.slow_peer_makes_progress,
+        hangs.slow_peer_takes_small_writes,
+        hangs.block_status_waits_for_a_zero,
         disk.failure_is_stored_before_it_is_told, disk.failure_that_could_not_be_stored,
         shown.intent_not_written, shown.frozen_then_alone, shown.failed_sync_is_remembered,
         shown.promoted_while_applying, shown.target_map_cut_off, shown.dirty_in_sync_drains,

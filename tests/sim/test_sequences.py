@@ -5,6 +5,7 @@ import pytest
 from tests.sim import (
     sequences_crashes,
     sequences_disk,
+    sequences_hangs,
     sequences_holes,
     sequences_machines,
     sequences_mutants,
@@ -20,6 +21,7 @@ HELPERS = {
 MODULES = (
     sequences_crashes,
     sequences_disk,
+    sequences_hangs,
     sequences_holes,
     sequences_machines,
     sequences_mutants,
