@@ -3,7 +3,6 @@
 import asyncio
 import os
 import select
-import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -16,7 +15,7 @@ from aiohttp import web
 from nbdmirror.config_cluster import CheckerSection
 from nbdmirror.controller.checkers import Checkers
 from nbdmirror.core.cluster.checking import CheckerFacts
-from tests.support.powercut import PowerDisk
+from tests.support.frozen import disk, frozen
 
 BOUND_S = 60.0
 RunLoop = Callable[[Coroutine[Any, Any, None]], None]
@@ -245,14 +244,13 @@ def test_never_two_checks_of_one_checker(run_loop: RunLoop) -> None:
 
 @pytest.mark.usefixtures("require_root")
 @pytest.mark.slow
-def test_one_that_still_ends_is_waited_for(run_loop: RunLoop, tmp_path: Path) -> None:
+def test_one_that_hangs_is_not_started_again(run_loop: RunLoop, tmp_path: Path) -> None:
     """Breaks in the field: a change of the role starts a check beside one that hangs."""
     started = tmp_path / "started"
     os.mkfifo(tmp_path / "told")
-    disk = PowerDisk(tmp_path / "disk", 16 << 20)
-    text = f"echo $$ >> {started}; echo >> {tmp_path}/told; echo x > {disk.mountpoint}/x"
 
-    async def main() -> None:
+    async def main(mount: Path) -> None:
+        text = f"echo $$ >> {started}; echo >> {tmp_path}/told; echo x > {mount}/x"
         command = ["/bin/sh", "-c", text]
         async with scene(script={"kind": "command", "command": command, "fall": 1}) as s:
             s.role("primary")
@@ -261,15 +259,30 @@ def test_one_that_still_ends_is_waited_for(run_loop: RunLoop, tmp_path: Path) ->
             s.role("primary")
             assert "cannot be killed" in (await s.change()).reason
 
-    subprocess.run(["fsfreeze", "--freeze", str(disk.mountpoint)], check=True)
-    try:
-        run_loop(main())
-    finally:
-        subprocess.run(["fsfreeze", "--unfreeze", str(disk.mountpoint)], check=True)
+    with disk(tmp_path / "disk") as mount:
+        with frozen(mount):
+            run_loop(main(mount))
         for pid in started.read_text().split():
             wait_for_end(int(pid))
-        disk.close()
     assert len(started.read_text().split()) == 1
+
+
+def test_one_that_still_ends_is_waited_for(run_loop: RunLoop, tmp_path: Path) -> None:
+    """Breaks in the field: after a change of the role the check that ends fails the next one."""
+    told = tmp_path / "told"
+    os.mkfifo(told)
+    text = f"[ -e {tmp_path}/again ] && exit 0; echo > {tmp_path}/again; echo > {told}; sleep 1000"
+
+    async def main() -> None:
+        command = ["/bin/sh", "-c", text]
+        async with scene(script={"kind": "command", "command": command, "fall": 1}) as s:
+            s.role("primary")
+            await soon(asyncio.to_thread(told.read_bytes))
+            s.role("secondary")
+            s.role("primary")
+            assert (await s.change()).state == "up"
+
+    run_loop(main())
 
 
 def test_a_reset_forgets_and_checks_at_once(run_loop: RunLoop) -> None:

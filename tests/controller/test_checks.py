@@ -24,8 +24,8 @@ from aiohttp import web
 
 from nbdmirror.config_cluster import CheckerSection
 from nbdmirror.controller.checks import OUTPUT_BYTES_MAX, PATH, USER_AGENT, check
+from tests.support.frozen import disk, frozen
 from tests.support.network import Network, hold
-from tests.support.powercut import PowerDisk
 
 BOUND_S = 60.0
 SOON_MS = 30_000  # where an answer is expected, on a machine that is many times slower
@@ -476,26 +476,6 @@ def test_a_file_in_the_way_is_not_followed(tmp_path: Path) -> None:
         (mount / f".nbdmirror-{os.getpid()}-{one.name}").symlink_to(victim)
         assert asyncio.run(check(one)) == ""
     assert victim.read_text() == "precious"
-
-
-@contextmanager
-def disk(directory: Path) -> Iterator[Path]:
-    """An ext4 of its own; where it is mounted."""
-    made = PowerDisk(directory, 16 << 20)
-    try:
-        yield made.mountpoint
-    finally:
-        made.close()
-
-
-@contextmanager
-def frozen(mount: Path) -> Iterator[None]:
-    """Whoever writes there hangs in the kernel, and no signal ends that."""
-    subprocess.run(["fsfreeze", "--freeze", str(mount)], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["fsfreeze", "--unfreeze", str(mount)], check=True)
 
 
 def threads_of(one: CheckerSection) -> int:
