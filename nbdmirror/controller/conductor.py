@@ -37,6 +37,8 @@ LOOK_S: Final = 0.2
 AGAIN_S: Final = 1.0
 FRESH_MS: Final = 1_000
 VERDICT_S: Final = 1.0
+# Both ends give a silent channel up after the same time, but do not begin to count together.
+CHANNEL_S: Final = 1.5
 CLEAN_AGAIN_S: Final = 10.0
 POLLS_LOST_MAX: Final = 2
 
@@ -86,6 +88,7 @@ class Conductor:
         self._said = Body()
         self._hands = asyncio.Lock()
         self._woken = asyncio.Event()
+        self._looked = asyncio.Event()
         self._closing: asyncio.Task[None] | None = None
         self._ending = False
 
@@ -158,8 +161,6 @@ class Conductor:
             self._looked_ms = boottime_ms()
             return
         try:
-            if self.engine_state is None:
-                await self.link.attach()
             state, relayed = await self.link.poll(self.heart.extra_packet())
         except UnreachableError as error:
             self._polls_lost += 1
@@ -171,7 +172,7 @@ class Conductor:
             return
         except NbdMirrorError as error:
             self.trouble = str(error)
-            self.engine_state = None  # another controller had it: attach anew
+            self.link.let_go()
             return
         self._polls_lost = 0
         self.engine_state = state
@@ -258,6 +259,7 @@ class Conductor:
         """Until `end`."""
         while not self._ending:
             await self._look()
+            self._looked.set()
             self.view = self.look_at_everything()
             self._settle()
             self.view = self.look_at_everything()
@@ -422,9 +424,7 @@ class Conductor:
         await self._command("alone")
 
     async def _ask_arbiter(self) -> None:
-        self._verdict, self.verdict_reason = await self._arbiter.ask(
-            self.config, boottime_ms()
-        )
+        self._verdict, self.verdict_reason = await self._arbiter.ask(self.config, boottime_ms())
         self._verdict_s = boottime_ms() / 1000
         self.tell(f"arbiter {self.config.arbiter.name.lower()}: {self._verdict.value}: "
                   f"{self.verdict_reason}")  # fmt: skip
@@ -434,7 +434,13 @@ class Conductor:
     async def _ask_peer(self) -> None:
         self._asked_peer = True
         before = self.dialogs.parts.done
-        await self.dialogs.please(lambda: self.dialogs.parts.done != before)
+
+        def over() -> bool:
+            """It has left; or it does not hear this node, and serves by now."""
+            body = self.peer_body
+            return self.dialogs.parts.done != before or (body is not None and body.primary)
+
+        await self.dialogs.please(over)
 
     async def _speak(self) -> None:
         """For the dead engine of this node: the addresses go first, then the words."""
@@ -463,6 +469,7 @@ class Conductor:
             if not self.supervisor.alive:
                 problem = await self._leave_for_the_dead()
             else:
+                await self._channel_ended()
                 state = self.engine_state or {}
                 generation = str(state.get("generation", ""))
 
@@ -474,6 +481,14 @@ class Conductor:
             problem = str(error)
         self.tell(f"the peer asked this node to leave: {problem or 'it did'}")
         return not problem
+
+    async def _channel_ended(self) -> None:
+        """The peer has lost the channel; this engine may need a moment longer to see that."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CHANNEL_S):
+                while (self.engine_state or {}).get("session"):
+                    self._looked.clear()
+                    await self._looked.wait()
 
     # --- for the api ----------------------------------------------------------------------------
 

@@ -73,6 +73,11 @@ class Lines:
             )
         return self._reader, self._writer
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the next call takes the connection of the last one."""
+        return self._writer is not None
+
     def close(self) -> None:
         """End the connection; the next call makes a new one."""
         writer, self._reader, self._writer = self._writer, None, None
@@ -110,7 +115,12 @@ class EngineLink:
         return state
 
     async def poll(self, payload: bytes) -> tuple[State, bytes]:
-        """Its state; carries `payload` to the peer's controller and brings what that sent last."""
+        """Its state; carries `payload` to the peer's controller and brings what that sent last.
+
+        Attaches first, where this connection has not.
+        """
+        if not self._poll.is_open:
+            await self.attach()
         state = await self._poll.call("relay", PING_S, args={"payload": payload.hex()})
         return state, bytes.fromhex(str(state.pop("relayed", "")))
 
@@ -133,6 +143,10 @@ class EngineLink:
                         self._on_event(event)
             finally:
                 writer.close()
+
+    def let_go(self) -> None:
+        """Another controller commands it: the next poll attaches anew."""
+        self._poll.close()
 
     def close(self) -> None:
         """End all connections; the engine goes on."""
