@@ -23,6 +23,7 @@ from nbdmirror.errors import NbdMirrorError
 from nbdmirror.files import FILE_MODE
 
 MARK_BYTES_MAX: Final = 4096
+FROZEN_REST_S: Final = 30
 
 
 class Service:
@@ -45,6 +46,8 @@ class Service:
             run_dir=config.me.run_dir,
             mirror=config.mirror,
             tell=tell,
+            # A freeze is no failure of the device: its requests wait until it is decided.
+            request_timeout_s=config.engine.freeze_limit_ms // 1000 + FROZEN_REST_S,
         )
         self.addresses = Addresses(config.virtual_addresses, tell=tell)
         self.application = Application(
