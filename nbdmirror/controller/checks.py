@@ -258,9 +258,17 @@ def _write(path: Path) -> None:
 _processes: dict[str, "subprocess.Popen[bytes]"] = {}
 
 
-def _hangs(name: str) -> str:
+async def _hangs(name: str) -> str:
     before = _processes.get(name)
     if before is None or before.poll() is not None:
+        return ""
+    # One of a check that was cancelled just now is about to end.
+    descriptor = _pidfd(before)
+    try:
+        await _ended(descriptor, KILL_WAIT_S)
+    finally:
+        os.close(descriptor)
+    if before.poll() is not None:
         return ""
     return f"the last run, process {before.pid}, hangs and cannot be killed"
 
@@ -369,7 +377,7 @@ def _environment() -> Mapping[str, str]:
 
 
 async def _command(section: CheckerSection) -> str:
-    if hangs := _hangs(section.name):
+    if hangs := await _hangs(section.name):
         return hangs
     # The loop waits until the new process has become its program, and a program on a file system
     # that hangs is not read: so it is `nice`, from the system's own disk, that becomes the program.
@@ -385,7 +393,7 @@ async def _command(section: CheckerSection) -> str:
 
 async def _unit(section: CheckerSection) -> str:
     assert section.unit is not None, "the configuration requires it"
-    if hangs := _hangs(section.name):
+    if hangs := await _hangs(section.name):
         return hangs
     systemctl = shutil.which("systemctl")
     if systemctl is None:

@@ -31,12 +31,17 @@ BOUND_S = 60.0
 SOON_MS = 30_000  # where an answer is expected, on a machine that is many times slower
 RunLoop = Callable[[Coroutine[Any, Any, Any]], Any]
 
-# One check in a process of its own: on another host, or with another command line.
+# Checks in a process of their own: on another host, or with another command line.
 ALONE = """
 import json, sys, uvloop
 from nbdmirror.config_cluster import CheckerSection
 from nbdmirror.controller.checks import check
-print(uvloop.run(check(CheckerSection.model_validate(json.loads(sys.argv[1])))))
+
+async def main():
+    for given in json.loads(sys.argv[1]):
+        print(await check(CheckerSection.model_validate(given)))
+
+uvloop.run(main())
 """
 
 # Without a listener, on a host whose connections all begin at the port that is asked for.
@@ -77,11 +82,12 @@ def looked(kind: str, **keys: Any) -> str:
     return uvloop.run(check(section(kind, **keys)))
 
 
-def alone(before: tuple[str, ...], *more: str, **keys: Any) -> str:
-    """What one check says in a process of its own, with these words before and behind."""
-    given = json.dumps({"name": "alone", "timeout_ms": SOON_MS, **keys})
-    command = (*before, sys.executable, "-c", ALONE, given, *more)
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+def alone(before: tuple[str, ...], *sections: dict[str, Any], more: str = "") -> list[str]:
+    """What these checks say in a process of its own, with these words before and behind."""
+    given = [{"name": "alone", "timeout_ms": SOON_MS, **each} for each in sections]
+    command = (*before, sys.executable, "-c", ALONE, json.dumps(given), more)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
 
 
 async def soon(awaited: Awaitable[Any]) -> Any:
@@ -156,8 +162,8 @@ def test_the_controller_does_not_find_itself() -> None:
     """Breaks in the field: the pattern on the controller's own command line is always found."""
     token = uuid4().hex
     shell = ("/bin/sh", "-c", '"$@"; exit $?', token)
-    said = alone(shell, token, kind="process", pattern=token)
-    assert said == f'0 processes match "{token}", at least 1 expected'
+    said = alone(shell, {"kind": "process", "pattern": token}, more=token)
+    assert said == [f'0 processes match "{token}", at least 1 expected']
 
 
 # --- unit ---------------------------------------------------------------------------------------
@@ -253,10 +259,10 @@ def test_a_connection_that_meets_itself_is_none() -> None:
         )
         assert raw.stdout == b"True\n"
         # The second one finds the port free again, as the application would.
-        said = {alone(host, kind="tcp", address="127.0.0.1:45000") for _ in range(2)}
+        said = alone(host, *[{"kind": "tcp", "address": "127.0.0.1:45000"}] * 2)
     finally:
         holder.communicate()
-    assert said == {"127.0.0.1:45000 takes no connection: nobody listens"}
+    assert said == ["127.0.0.1:45000 takes no connection: nobody listens"] * 2
 
 
 # --- http ---------------------------------------------------------------------------------------
@@ -395,33 +401,34 @@ def test_a_certificate_is_verified(run_loop: RunLoop, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_hosts_interfaces_and_addresses_of_this_node() -> None:
     """Breaks in the field: a pulled cable or a lost address is not seen, or seen where none is."""
+    cable, lo = ({"kind": "interface", "interface": each} for each in ("cable", "lo"))
+    here, other, sixth = (
+        {"kind": "address", "held": each} for each in ("192.0.2.1/24", "192.0.2.2/24", "fd00::5/64")
+    )
     with Network() as network:
         alpha = network.enter("alpha")
-
-        def said(kind: str, **keys: Any) -> str:
-            return alone(alpha, kind=kind, **keys)
-
         network.run("alpha", "ip", "address", "add", "fd00::5/64", "dev", "cable", "nodad")
-        good: list[tuple[str, dict[str, Any]]] = [
-            ("interface", {"interface": "cable"}),
-            ("interface", {"interface": "lo"}),
-            ("address", {"held": "192.0.2.1/24"}),
-            ("address", {"held": "fd00::5/64"}),
-            ("ping", {"hosts": ["192.0.2.99", "192.0.2.2"]}),
+        ping = {"kind": "ping", "hosts": ["192.0.2.99", "192.0.2.2"]}
+        assert alone(alpha, cable, lo, here, sixth, ping) == [""] * 5
+        missing = [{"kind": "interface", "interface": each} for each in ("cable0", "ü" * 15)]
+        assert alone(alpha, *missing, other) == [
+            "there is no interface cable0",
+            f"there is no interface {'ü' * 15}",
+            "192.0.2.2 is on no interface of this node",
         ]
-        assert [said(kind, **keys) for kind, keys in good] == [""] * 5
-        assert said("interface", interface="cable0") == "there is no interface cable0"
-        assert said("interface", interface="ü" * 15).startswith("there is no interface")
-        assert said("address", held="192.0.2.2/24") == "192.0.2.2 is on no interface of this node"
         network.run("beta", "ip", "link", "set", "cable", "down")
-        assert said("interface", interface="cable") == "cable has no carrier"
-        assert said("address", held="192.0.2.1/24") == ""
-        ping = said("ping", hosts=["192.0.2.2"], timeout_ms=300)
-        assert ping == "no echo: 192.0.2.2 did not answer within 300 ms"
+        silent = {"kind": "ping", "hosts": ["192.0.2.2"], "timeout_ms": 300}
+        assert alone(alpha, cable, here, silent) == [
+            "cable has no carrier",
+            "",
+            "no echo: 192.0.2.2 did not answer within 300 ms",
+        ]
         network.run("alpha", "ip", "link", "set", "cable", "down")
-        assert said("interface", interface="cable") == "cable is switched off"
         network.run("alpha", "ip", "address", "del", "192.0.2.1/24", "dev", "cable")
-        assert said("address", held="192.0.2.1/24") == "192.0.2.1 is on no interface of this node"
+        assert alone(alpha, cable, here) == [
+            "cable is switched off",
+            "192.0.2.1 is on no interface of this node",
+        ]
 
 
 # --- filesystem ---------------------------------------------------------------------------------
