@@ -351,6 +351,8 @@ class Commander:
         self.checker.forced = True
         for _ in range(5):
             yield from self._bounded(life, "demote", roles.demote(life.node))
+            if not life.alive:
+                return
             done = life.node.sb.data_state is DataState.BLANK
             if not done:
                 _, done = yield from self._try(f"{host.name} discard", roles.discard(life.node))
@@ -361,6 +363,9 @@ class Commander:
             return
         if not self._usable(keeper):
             yield from self._bounded(kept, "demote", roles.demote(kept.node))
+            if not kept.alive:
+                # Nobody gives commands to an engine that is gone.
+                return
             yield from self._try(f"{keeper.name} force", roles.promote(kept.node, force=True))
             yield from self._name_in_record(keeper)
         self.checker.operator_decided(keeper)

@@ -146,10 +146,14 @@ class Simulation:
                 checker.fail(f"A1: {host.name} lacks {missing[:3]} at the end")
 
     def is_idle(self) -> bool:
-        """Nothing in flight, nothing dirty, no client waiting."""
+        """Nothing in flight, nothing dirty, no client waiting; no sync that hangs, nor one that did
+        too long.
+        """
         for host in self.hosts:
             node = host.node
             if node is None or any(is_write(op) for op in node.inflight) or node.dirty.any():
+                return False
+            if node.syncing or node.failed:
                 return False
         return self.client.busy_count == 0
 
