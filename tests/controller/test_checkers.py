@@ -6,6 +6,7 @@ import select
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from time import monotonic
 from typing import Any, TypeVar
 
 import pytest
@@ -33,6 +34,13 @@ async def soon(awaited: Awaitable[Result]) -> Result:
     """Wait with a bound."""
     async with asyncio.timeout(BOUND_S):
         return await awaited
+
+
+def until_it_hangs(pid: int) -> None:
+    """Until a process waits in the kernel in a way that no signal ends."""
+    end_s = monotonic() + BOUND_S
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "D":
+        assert monotonic() < end_s
 
 
 def wait_for_end(pid: int) -> None:
@@ -246,15 +254,16 @@ def test_never_two_checks_of_one_checker(run_loop: RunLoop) -> None:
 @pytest.mark.slow
 def test_one_that_hangs_is_not_started_again(run_loop: RunLoop, tmp_path: Path) -> None:
     """Breaks in the field: a change of the role starts a check beside one that hangs."""
-    started = tmp_path / "started"
-    os.mkfifo(tmp_path / "told")
+    started, told = tmp_path / "started", tmp_path / "told"
+    os.mkfifo(told)
 
     async def main(mount: Path) -> None:
-        text = f"echo $$ >> {started}; echo >> {tmp_path}/told; echo x > {mount}/x"
+        text = f"echo $$ >> {started}; echo $$ > {told}; echo x > {mount}/x"
         command = ["/bin/sh", "-c", text]
         async with scene(script={"kind": "command", "command": command, "fall": 1}) as s:
             s.role("primary")
-            await soon(asyncio.to_thread((tmp_path / "told").read_bytes))
+            pid = int(await soon(asyncio.to_thread(told.read_text)))
+            await asyncio.to_thread(until_it_hangs, pid)
             s.role("secondary")
             s.role("primary")
             assert "cannot be killed" in (await s.change()).reason
