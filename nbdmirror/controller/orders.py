@@ -12,7 +12,7 @@ from nbdmirror.config import Config
 from nbdmirror.controller.checkers import Checkers
 from nbdmirror.controller.switches import Switches, stored
 from nbdmirror.core.cluster import policy
-from nbdmirror.core.cluster.checking import demanded
+from nbdmirror.core.cluster.checking import CheckerFacts, demanded
 from nbdmirror.core.cluster.view import OrderKind, Service, View
 from nbdmirror.errors import RefusedError
 
@@ -179,16 +179,27 @@ class Orders:
         if v.service is Service.FAILED and v.engine is not None and v.engine.primary:
             self._act(v, START_FAILED, "stopstart", v.service_reason)
             return
-        watched = [each for each in facts if each.when != "before"]
-        down = demanded(watched)
-        if down is None or down.action == "tell" or down.name == self._waits_for:
-            return
-        if v.service is not Service.UP and down.action != "stop" and down.when == "primary":
+        down = demanded([each for each in facts if self._matters(v, each)])
+        if down is None:
             return
         self._act(v, f"checker {down.name}", down.action, down.reason)
         checkers.reset(down.name)
         if down.action == "wait":
             self._waits_for = down.name
+
+    def _matters(self, v: View, facts: CheckerFacts) -> bool:
+        """Whether something follows here and now from this checker's being down.
+
+        What exchanges roles or restarts an application is of a primary alone; a secondary would
+        count actions that change nothing, until the bound stops it.
+        """
+        if facts.when == "before" or facts.action == "tell" or facts.name == self._waits_for:
+            return False
+        if facts.action == "stop":
+            return True
+        if facts.when == "primary" and v.service is not Service.UP:
+            return False
+        return facts.action == "wait" or policy.is_primary(v)
 
     def _act(self, v: View, who: str, action: str, why: str) -> None:
         reason = f"{who}: {why}"

@@ -19,6 +19,7 @@ from tests.support.cluster import Cluster, ClusterNode
 pytestmark = [pytest.mark.nbdkit, pytest.mark.slow, pytest.mark.usefixtures("require_root")]
 
 MOUNTED = 'grep -q " $NBDMIRROR_MOUNT ext4 " /proc/mounts || exit 9; echo seen: $NBDMIRROR_ACTION'
+KILLED = "(pid {pid}) was started by a script of this mirror and was ended"
 STUBBORN = "trap '' TERM; while :; do sleep 1000; done"
 
 
@@ -217,8 +218,8 @@ def test_a_stop_that_hangs_or_fails_ends() -> None:
         c.beta.rests("STOP", "stopped")
         assert app.did()[-3:] == ["beta stop", "beta force", "alpha start"]
         assert not alive(pid)
+        c.beta.wait(lambda _: told(c.beta, KILLED.format(pid=pid)), "it is told who was killed")
         assert told(c.beta, "the stop script, called for stop, did not stop the application: exit")
-        assert told(c.beta, f"(pid {pid}) was started by a script of this mirror and was ended")
 
 
 @contextmanager

@@ -204,7 +204,7 @@ def unelected_reason(v: View) -> str:
 
 def contact_reason(v: View) -> str:
     """Why a node waits that hears the other one's controller."""
-    missing = engine(v).refusal or "waiting for the other node's engine to connect"
+    missing = v.held_back or engine(v).refusal or "waiting for the other node's engine to connect"
     unasked = by_operator(v) if holds_right(v) and promotable(v) else ""
     return f"{unasked}; {missing}" if unasked else missing
 

@@ -14,6 +14,7 @@ from typing import Final
 from nbdmirror import admin
 from tests.controller.doing import alive
 from tests.support.cluster import Cluster, ClusterNode, Status
+from tests.support.pair import ROOT
 
 HERE: Final = Path(__file__).resolve().parent
 SIZE: Final = 32 << 20
@@ -129,7 +130,10 @@ class Stack(Cluster):
 
     def run(self, node: ClusterNode, *words: str) -> str:
         """A command among the mounts of a node; what it said."""
-        done = subprocess.run([*node.enter, *words], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [*node.enter, *words], capture_output=True, text=True, check=False, cwd=ROOT
+        )
+        assert done.returncode == 0, f"{node.name}: {words}: {done.stderr}"
         return done.stdout
 
     def records(self, node: ClusterNode) -> set[int]:
