@@ -45,6 +45,10 @@ assert sum(ANNOUNCE_GAPS_S) <= 10.0
 assert LOOK_GAP_S < 1.0
 
 
+class DuplicateAddressError(RefusedError):
+    """Another host has an address: nothing that this node could put right."""
+
+
 @dataclass(frozen=True, slots=True)
 class AddressFacts:
     """What is known of one virtual address.
@@ -97,8 +101,8 @@ class Addresses:
         question and some ms for the rest.
 
         Raises:
-            RefusedError: no interface fits, another host has an address (its MAC is named), or the
-            kernel refuses. Nothing that this call added is left.
+            RefusedError: no interface fits, or the kernel refuses. DuplicateAddressError: another
+            host has an address (its MAC is named). Nothing that this call added is left.
         """
         if not self._wanted:
             return
@@ -222,7 +226,7 @@ class Addresses:
             if each.address.ip in holders
         ]
         if said and not force:
-            raise RefusedError(
+            raise DuplicateAddressError(
                 f"{'; '.join(said)}; remove it from that host or switch that host off, "
                 "then try again"
             )

@@ -404,7 +404,7 @@ class Conductor:
 
     async def _enter(self) -> None:
         assert self.engine_state is not None
-        self.service.enter(term_of(self.engine_state), force=not self.peer_heard())
+        self.service.enter(term_of(self.engine_state), may_force=lambda: not self.peer_heard())
 
     async def _leave(self) -> None:
         engine = self.view.engine

@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from nbdmirror.config import Config
-from nbdmirror.controller.addresses import Addresses
+from nbdmirror.controller.addresses import Addresses, DuplicateAddressError
 from nbdmirror.controller.application import Application
 from nbdmirror.controller.attachment import Attachment
 from nbdmirror.controller.traces import NONE
@@ -23,6 +23,7 @@ from nbdmirror.errors import NbdMirrorError
 from nbdmirror.files import FILE_MODE
 
 MARK_BYTES_MAX: Final = 4096
+TAKE_AGAIN_S: Final = 2.0
 FROZEN_REST_S: Final = 30
 
 
@@ -61,27 +62,43 @@ class Service:
 
     # --- up ---------------------------------------------------------------------------------------
 
-    def enter(self, term: str, *, force: bool) -> None:
+    def enter(self, term: str, *, may_force: Callable[[], bool]) -> None:
         """Begin to bring everything up for the primary term `term`.
 
-        `force`: take the addresses even if somebody answers for them: the peer is silent, and what
-        answers is a host that has lost its role.
+        `may_force`: whether to take the addresses even if somebody answers for them: the peer is
+        silent, and what answers is a host that has lost its role.
         """
         assert self._work is None
         self._change(State.ENTERING)
-        self._begin(self._enter(term, force=force))
+        self._begin(self._enter(term, may_force))
 
-    async def _enter(self, term: str, *, force: bool) -> None:
+    async def _enter(self, term: str, may_force: Callable[[], bool]) -> None:
         try:
             await self.attachment.attach()
             await self.attachment.mount()
-            await self.addresses.take(force=force)
+            await self._take_addresses(may_force)
             await self.application.start()
         except NbdMirrorError as error:
             self._change(State.FAILED, str(error))
             return
         self._store_mark(term)
         self._change(State.UP)
+
+    async def _take_addresses(self, may_force: Callable[[], bool]) -> None:
+        """Until the network has them free: against a third host no other node would help.
+
+        Raises:
+            RefusedError: something else is in the way.
+        """
+        while True:
+            try:
+                await self.addresses.take(force=may_force())
+            except DuplicateAddressError as error:
+                if self.reason != str(error):
+                    self._change(State.ENTERING, str(error))
+                await asyncio.sleep(TAKE_AGAIN_S)
+            else:
+                return
 
     # --- down -------------------------------------------------------------------------------------
 
