@@ -3,14 +3,19 @@
 Owns the namespaces, each held by a process that reads from this one: when this process ends, by
 whatever way, they end, and cable and rules with them. They have no name, so nothing can be left
 behind. A fault is a rule at the receiver (nftables), so the sender never hears of it. Must never:
-touch a namespace that it did not make.
+touch a namespace that it did not make, or enter one but with a thread that ends there.
 
 `Switched` has a third host, the router, and a second network that only the nodes are on.
 """
 
+import ctypes
 import itertools
 import re
 import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Self
 
 ADDRESSES = {"alpha": "192.0.2.1", "beta": "192.0.2.2"}  # RFC 5737; seen in no other namespace
@@ -23,6 +28,7 @@ WIRES = {
     "second": {"alpha": "203.0.113.1", "beta": "203.0.113.2"},
 }
 END_S = 10.0
+CLONE_NEWNET = 0x4000_0000  # setns(2); Python has it from 3.12 on
 SWITCH_RULES = """
 table bridge faults
 delete table bridge faults
@@ -76,6 +82,16 @@ class Network:
         another mount, and it would not trust its page cache.
         """
         return ("nsenter", f"--net=/proc/{self._holders[name].pid}/ns/net")
+
+    @contextmanager
+    def inside(self, name: str) -> Iterator[Executor]:
+        """One thread on host `name`: sockets that it makes, and threads that it starts, are there.
+
+        Whoever ends the `with` waits for it.
+        """
+        path = Path(f"/proc/{self._holders[name].pid}/ns/net")
+        with ThreadPoolExecutor(1, f"on {name}", _enter, (path,)) as executor:
+            yield executor
 
     def run(self, name: str, *command: str, given: str = "") -> str:
         """One command on a host, to its end; returns what it said."""
@@ -155,6 +171,21 @@ class Switched(Network):
                 for each in (wire, "lo"):
                     self.run(name, "ip", "link", "set", each, "up")
 
+    def mac(self, name: str) -> str:
+        """The MAC of a host on the first network."""
+        return self._seen(r"link/ether (\S+)", name, "link", "show", "dev", "cable")
+
+    def neighbour(self, name: str, address: str) -> str:
+        """The MAC that a host takes for that of an address; "" if it knows none."""
+        return self._seen(r"lladdr (\S+)", name, "neigh", "show", address)
+
+    def holds(self, name: str, address: str) -> bool:
+        """Whether a host has an address."""
+        return bool(self._seen(r"inet (\S+)", name, "address", "show", "to", f"{address}/32"))
+
+    def _seen(self, pattern: str, name: str, *words: str) -> str:
+        return "".join(re.findall(pattern, self.run(name, "ip", "-o", *words)))
+
     def block(self, *ways: tuple[str, str], wires: tuple[str, ...] = tuple(WIRES)) -> None:
         """From now on nothing gets from the first to the second of each pair; all else does."""
         rules = [
@@ -177,6 +208,14 @@ class Switched(Network):
         """Every packet arrives again."""
         self.block()
         super().heal()
+
+
+def _enter(path: Path) -> None:
+    """Move this thread into a network namespace; there is no way back, and it ends there."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with path.open("rb") as namespace:
+        if libc.setns(namespace.fileno(), CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), "setns", str(path))
 
 
 def hold() -> "subprocess.Popen[bytes]":
