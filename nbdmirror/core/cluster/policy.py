@@ -195,6 +195,14 @@ def by_operator(v: View) -> str:
     return ""
 
 
+def moving_reason(v: View) -> str:
+    """What becomes of the application, and what holds that up."""
+    if v.service is Service.LEAVING:
+        return "the application is being taken down"
+    waits = f", which waits: {v.service_reason}" if v.service_reason else ""
+    return f"the application is being started{waits}"
+
+
 def unelected_reason(v: View) -> str:
     """Why neither of two connected nodes serves."""
     other = "neither node serves; the other one is to become primary" if candidate(v) else ""
@@ -386,8 +394,7 @@ TABLE: Final[tuple[Row, ...]] = (
     ),
     Row(
         "entering", primary_and(lambda v: v.service in MOVING), Step.NOTHING,
-        lambda v: "the application is being started" if v.service is Service.ENTERING
-        else "the application is being taken down",
+        moving_reason,
     ),
     Row(
         "start failed", primary_and(lambda v: v.service is Service.FAILED), Step.NOTHING,
