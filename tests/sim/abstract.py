@@ -321,7 +321,9 @@ class Abstract:
         theirs = begun.theirs
         if after.data_state is DataState.OUTDATED is not before.data_state:
             # The question and what follows from the answer are one step of the model's.
-            theirs = self.stays.pop(index, theirs)
+            said = self.stays.pop(index, theirs)
+            # An answer of an earlier line came to nothing.
+            theirs = said if said.generation == after.generation else theirs
         offered = self.offers.get(after.generation) == before
         step = Step(index, before, after, theirs, begun.record, forced, fresh, offered)
         self.steps.append(step)
