@@ -325,7 +325,7 @@ class Conductor:
             held_back=bool(v.held_back),
             candidate=policy.candidate(v) if connected else 0,
             swap_to=v.swap_to,
-            deposed=self.switches.now.deposed,
+            deposed=self.switches.now.served and not policy.is_primary(v),
             stop_both=v.stop_both,
             service=v.service.value,
             data_state=engine.data_state if engine is not None else "",
@@ -391,6 +391,7 @@ class Conductor:
             await self.supervisor.start()
 
     async def _stop_engine(self) -> None:
+        stored(self.switches, served=False)
         try:
             await self._command("stop")
         except NbdMirrorError as error:
@@ -413,12 +414,12 @@ class Conductor:
     async def _promote(self) -> None:
         await self._command("promote", force=self.orders.force)
         self.orders.promoted()
-        stored(self.switches, deposed=False)
+        stored(self.switches, served=True)
 
     async def _demote(self) -> None:
         await self._command("demote")
-        if self.orders.order is None:
-            stored(self.switches, deposed=True)
+        if self.orders.order is not None:
+            stored(self.switches, served=False)
 
     async def _alone(self) -> None:
         await self._command("alone")
@@ -449,7 +450,6 @@ class Conductor:
         problem = await self._leave_for_the_dead()
         if problem:
             self.tell(f"nothing was said for the dead engine: {problem}")
-        stored(self.switches, deposed=not problem)
 
     async def _leave_for_the_dead(self) -> str:
         async with self._hands:

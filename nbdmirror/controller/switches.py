@@ -25,14 +25,18 @@ HOUR_S: Final = 3600
 
 @dataclass(frozen=True, slots=True)
 class Remembered:
-    """The content of the file. `actions`: (boot id, seconds since that boot, what)."""
+    """The content of the file. `actions`: (boot id, seconds since that boot, what).
+
+    `served`: it took the role, and has not given it up in order; on a node that is not primary any
+    more this means that it lost the role by a failure.
+    """
 
     wanted: bool = False
     stop_reason: str = "it was never started"
     boot: bool = True
     failover: bool = True
     checkers: bool = True
-    deposed: bool = False
+    served: bool = False
     boot_id: str = ""
     actions: tuple[tuple[str, int, str], ...] = field(default=())
 
@@ -118,7 +122,7 @@ def remembered(facts: Any) -> Remembered:
             "actions": tuple((str(b), int(at), str(what)) for b, at, what in facts["actions"]),
         }
     )
-    for name in ("wanted", "boot", "failover", "checkers", "deposed"):
+    for name in ("wanted", "boot", "failover", "checkers", "served"):
         if not isinstance(getattr(made, name), bool):
             raise ValueError(f"{name} is neither true nor false")  # noqa: TRY004 - one class here
     return made
