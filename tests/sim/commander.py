@@ -249,6 +249,9 @@ class Commander:
             return
         claim: bytes = result["generation"]
         holds: list[bytes] = result["record_holds"]
+        if not self.sane and self.rng.random() < 0.3:
+            # The way to the arbiter takes its time, and the other node may be first.
+            yield (sleep, self.rng.randrange(200, 3000))
         while not (held.owner == me and held.generation == claim):
             if held.owner not in (NOBODY, me) or (
                 held.owner == NOBODY and held.generation not in holds
