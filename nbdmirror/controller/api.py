@@ -42,6 +42,7 @@ class Api:
         self._conductor = conductor
         self._connections = 0
         self._server: asyncio.Server | None = None
+        self._path = conductor.config.controller_socket
         self._commands: dict[str, Handler] = {
             "start": self._start,
             "stop": self._stop,
@@ -76,9 +77,13 @@ class Api:
             os.umask(before)
 
     async def close(self) -> None:
-        """Take no more connections."""
+        """Take no more connections. To be called before the mirror's lock is given back.
+
+        A socket that this one did not make stays: it is that of the controller that has the lock.
+        """
         if self._server is not None:
             self._server.close()
+            remove(self._path)
 
     # --- connections --------------------------------------------------------------------------
 

@@ -88,7 +88,6 @@ async def serve(config: Config, events: EventLog) -> None:
         if probe is not None:
             await probe.close()
         await conductor.close()
-        api.remove(config.controller_socket)
 
 
 async def clean(config: Config, events: EventLog) -> None:

@@ -175,7 +175,8 @@ def remedy(v: View, error: str) -> str:
             "save what only this copy has, then `nbdmirror second --force` here: this copy is "
             "given up; or stop the other node, and `nbdmirror prim --force` here"
         )
-    if role is Role.WAIT and engine is not None and not v.peer.heard and not v.held_back:
+    gone = not v.peer.heard or not v.peer.wanted
+    if role is Role.WAIT and engine is not None and gone and not v.held_back:
         forced = " --force" if engine.promote_refusal else ""
         return (
             "start the other node; if it is gone for good, `nbdmirror prim"

@@ -212,7 +212,9 @@ def unelected_reason(v: View) -> str:
 
 def contact_reason(v: View) -> str:
     """Why a node waits that hears the other one's controller."""
-    missing = v.held_back or engine(v).refusal or "waiting for the other node's engine to connect"
+    name = v.settings.peer_name
+    stopped = f"{name} is stopped: `nbdmirror start` there" if not v.peer.wanted else ""
+    missing = v.held_back or stopped or engine(v).refusal or "waiting for its engine to connect"
     unasked = by_operator(v) if holds_right(v) and promotable(v) else ""
     return f"{unasked}; {missing}" if unasked else missing
 
