@@ -437,9 +437,9 @@ class Conductor:
         before = self.dialogs.parts.done
 
         def over() -> bool:
-            """It has left; or it does not hear this node, and serves by now."""
-            body = self.peer_body
-            return self.dialogs.parts.done != before or (body is not None and body.primary)
+            """It has left, or is gone; or it does not hear this node, and serves by now."""
+            serves = self.peer_body is not None and self.peer_body.primary
+            return self.dialogs.parts.done != before or serves or not self.peer_heard()
 
         await self.dialogs.please(over)
 

@@ -16,6 +16,7 @@ metadata code under the dead engine's lock.
 """
 
 import asyncio
+import contextlib
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from nbdmirror.errors import NbdMirrorError
 
 ANSWER_S: Final = 1.0
 STORED_S: Final = 3.0
+LOOK_S: Final = 0.2
 
 
 @dataclass(slots=True)
@@ -167,15 +169,14 @@ class Dialogs:
         return bool(ended == "left")
 
     async def _wait(self, ready: Callable[[], Any], bound_s: float) -> Any:
-        """What `ready` gives, looked at after each heartbeat; None when the time ran out."""
+        """What `ready` gives, looked at after each heartbeat and without any; None: too late."""
         loop = asyncio.get_running_loop()
         until = loop.time() + bound_s
         while ready() is None and loop.time() < until:
             self._heard.clear()
-            try:
-                await asyncio.wait_for(self._heard.wait(), until - loop.time())
-            except TimeoutError:
-                break
+            with contextlib.suppress(TimeoutError):
+                left_s = until - loop.time()
+                await asyncio.wait_for(self._heard.wait(), min(left_s, LOOK_S))
         return ready()
 
     def close(self) -> None:
