@@ -118,7 +118,8 @@ def holds_right(v: View) -> bool:
 
 def may_use_right(v: View) -> bool:
     """Whether a node that holds the right uses it: the last primary does in any case."""
-    return holds_right(v) and promotable(v) and (may_take_over(v) or engine(v).was_primary)
+    able = holds_right(v) and promotable(v) and not peer_serves(v)
+    return able and (may_take_over(v) or engine(v).was_primary)
 
 
 def may_take_over(v: View) -> bool:
@@ -171,7 +172,7 @@ def elected(v: View) -> bool:
     A peer without a controller names nobody and takes nothing.
     """
     e, p, me = engine(v), v.peer, v.settings.node_id
-    if not e.synced or e.peer_primary or not promotable(v) or candidate(v) != me:
+    if not e.synced or peer_serves(v) or not promotable(v) or candidate(v) != me:
         return False
     if not p.heard:
         return not e.peer_attended and not v.listening
