@@ -5,9 +5,10 @@ they need, and the bound of each. Must never block the loop, raise, keep a state
 of what was seen, or act on it: `checkers.py` counts, the controller acts.
 
 Whatever may hang in the kernel runs elsewhere. System calls run on a daemon thread, at most one for
-each checker: a thread that hangs in a dead file system stays until the kernel lets it go, and a
-second one would hang beside it. It is not a thread of the loop's pool, which others need and which
-an end of the process waits for. Programs are their own processes, killed with all they started.
+each checker: a thread that hangs stays until the kernel lets it go, and a second one would hang
+beside it. It is not a thread of the loop's pool, which others need and which an end of the process
+waits for. Programs are their own processes, killed with all they started; so is the look at a file
+system, because a thread that hangs in one would keep a controller that was killed from ending.
 """
 
 import asyncio
@@ -24,8 +25,9 @@ import socket
 import ssl
 import struct
 import subprocess
+import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -47,7 +49,7 @@ OUTPUT_READ_BYTES: Final = 64 * KIB
 REASON_CHARS_MAX: Final = 1024
 # Long enough for the class name at the end of Java's command lines, short enough for an expression.
 COMMAND_LINE_CHARS_MAX: Final = 64 * KIB
-TEST_FILE: Final = b"nbdmirror looks whether this file system takes writes\n"
+FILE_SYSTEM_LOOK: Final = str(Path(__file__).with_name("file_system_look.py"))
 PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 USER_AGENT: Final = "nbdmirror-checker"
 RESET: Final = struct.pack("ii", 1, 0)  # struct linger: on, 0 s
@@ -211,46 +213,6 @@ def _address(section: CheckerSection) -> str:
     return f"{wanted} is on no interface of this node"
 
 
-def _filesystem(section: CheckerSection) -> str:
-    assert section.path is not None, "the configuration requires it"
-    path = section.path.resolve()
-    if path not in _mount_points():
-        return f"nothing is mounted at {section.path}"
-    try:
-        _write(path / f".nbdmirror-{os.getpid()}-{section.name}")
-    except OSError as error:
-        return f"{section.path} cannot be written: {_said(error)}"
-    usage = os.statvfs(path)
-    free_bytes = usage.f_bavail * usage.f_frsize
-    if free_bytes < section.free_min:
-        wanted = format_size(section.free_min)
-        return f"{section.path} has {free_bytes} bytes free, {wanted} expected"
-    return ""
-
-
-def _mount_points() -> Iterator[Path]:
-    """All of this mount namespace. A bind mount is one, though its device is its parent's."""
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
-        escaped = line.split(b" ")[4]
-        plain = re.sub(rb"\\([0-7]{3})", lambda match: bytes((int(match[1], 8),)), escaped)
-        yield Path(os.fsdecode(plain))
-
-
-def _write(path: Path) -> None:
-    """Make a file, have it on the medium, remove it. Raises OSError."""
-    # What an earlier life with the same number left; and nothing of somebody else's is opened.
-    path.unlink(missing_ok=True)
-    made = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    try:
-        try:
-            os.write(made, TEST_FILE)
-            os.fsync(made)
-        finally:
-            os.close(made)
-    finally:
-        path.unlink(missing_ok=True)
-
-
 # --- as a process -------------------------------------------------------------------------------
 
 # Processes that were started and are not reaped, by the name of the checker. After a check is over,
@@ -391,6 +353,19 @@ async def _command(section: CheckerSection) -> str:
     return f"{what}: {said}" if said else what
 
 
+async def _filesystem(section: CheckerSection) -> str:
+    assert section.path is not None, "the configuration requires it"
+    if hangs := await _hangs(section.name):
+        return hangs
+    name = f".nbdmirror-{os.getpid()}-{section.name}"
+    looks = (sys.executable, "-I", "-S", FILE_SYSTEM_LOOK)
+    least = str(section.free_min)
+    code, said = await _run(section.name, (*looks, str(section.path), name, least))
+    if code == 1 and said.endswith(" bytes free"):
+        return f"{said}, {format_size(section.free_min)} expected"
+    return said or (f"the check itself failed: exit code {code}" if code else "")
+
+
 async def _unit(section: CheckerSection) -> str:
     assert section.unit is not None, "the configuration requires it"
     if hangs := await _hangs(section.name):
@@ -475,6 +450,6 @@ _LOOKS: Final[dict[str, Callable[[CheckerSection], Awaitable[str]]]] = {
     "ping": _ping,
     "interface": _aside(_interface),
     "address": _aside(_address),
-    "filesystem": _aside(_filesystem),
+    "filesystem": _filesystem,
     "command": _command,
 }

@@ -8,6 +8,7 @@ import os
 import secrets
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from tests.cluster.app.parts import App, Stack, application, checker, process_checker, told
 from tests.controller.doing import alive
 from tests.support.cluster import Cluster, ClusterNode, Status
+from tests.support.pair import processes_of
 
 pytestmark = [pytest.mark.nbdkit, pytest.mark.slow]
 
@@ -232,3 +234,43 @@ def test_a_file_system_that_fails() -> None:
         for node in c.both:
             node.rests("STOP", "stopped")
         c.assert_equal()
+
+
+@pytest.mark.usefixtures("require_root")
+def test_a_controller_that_dies_while_a_check_hangs() -> None:
+    """Breaks in the field: the look at a file system whose device is frozen keeps the dead
+    controller's lock, no other one can start, and only that one could end the freeze.
+    """
+    keys = 'kind = "filesystem"\npath = "{root}/mnt"\naction = "tell"'
+    with Stack(more=application("write", "{root}/mnt") + checker("files", keys)) as c:
+        app = App(c)
+        c.start()
+        c.beta.lose()
+        c.alpha.wait(lambda _: hanging(c.root), "a look waits for the device")
+        c.alpha.kill()
+        c.alpha.up()
+        c.alpha.is_now("ALONE")
+        count = len(app.ledger())
+        c.alpha.wait(lambda _: len(app.ledger()) > count, "the application goes on")
+        c.alpha.order("stop")
+        c.alpha.rests("STOP", "stopped")
+
+
+def hanging(root: Path) -> bool:
+    """Whether a look at this file system waits in the kernel."""
+    looks = (pid for pid in processes_of(root / "mnt") if "file_system_look" in words_of(pid))
+    return any(state_in_kernel(pid) == "D" for pid in looks)
+
+
+def words_of(pid: int) -> str:
+    """The command line of a process, "" if it is gone."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    return ""
+
+
+def state_in_kernel(pid: int) -> str:
+    """One letter, "" if it is gone."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return ""
