@@ -25,7 +25,10 @@ def role_of(view: View) -> Role:
 
 
 def readiness_of(view: View) -> Readiness:
-    """Ready: it does what its role says. Transient: it will, by itself. Else not ready."""
+    """Ready: it does what its role says. Transient: it will, by itself. Else not ready.
+
+    What holds a node back makes it not ready: something left over (rule 22), or a checker.
+    """
     role, engine = role_of(view), view.engine
     if role is Role.STOP:
         return Readiness.NOT_READY
@@ -33,8 +36,10 @@ def readiness_of(view: View) -> Readiness:
         moving = view.service in (Service.ENTERING, Service.LEAVING)
         coming = view.wanted and not view.engine_given_up and engine is None
         return Readiness.TRANSIENT if moving or coming else Readiness.NOT_READY
+    if view.held_back and view.service is Service.DOWN:
+        return Readiness.NOT_READY
     if role is Role.SECOND:
-        ready = engine.synced and engine.data_state == "uptodate" and not view.held_back
+        ready = engine.synced and engine.data_state == "uptodate"
         return Readiness.READY if ready else Readiness.TRANSIENT
     if view.service is Service.FAILED or engine.failed:
         return Readiness.NOT_READY
