@@ -3,13 +3,13 @@
 Owns one small file beside the metadata, replaced as a whole and durably. Roles and data are not in
 it: of those the engine's metadata is the only memory. Must never: read a wall clock (an action of
 an earlier boot counts as if it had happened at the start of this one), or stop a node because the
-file is damaged: then everything is as at creation, and that is told.
+file is damaged: then the node runs, all else is as at creation, and that is told.
 """
 
 import json
 import os
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,10 +17,13 @@ from nbdmirror.errors import StoreError
 from nbdmirror.files import FILE_MODE, store_error, sync_directory, write_all
 
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
-FILE_BYTES_MAX: Final = 64 * 1024
-ACTIONS_KEPT_MAX: Final = 1000
+FILE_BYTES_MAX: Final = 1024 * 1024
+ACTIONS_KEPT_MAX: Final = 128
 REASON_CHARS_MAX: Final = 300
 HOUR_S: Final = 3600
+_SWITCHES: Final = ("wanted", "boot", "failover", "checkers", "served")
+# What was written can be read again, and counted up to any bound: a character has up to 12 bytes.
+assert ACTIONS_KEPT_MAX * (12 * REASON_CHARS_MAX + 200) < FILE_BYTES_MAX // 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,7 @@ class Switches:
         self._path = path
         self._boot_id = read_boot_id()
         self.note = ""
+        self._stored: Remembered | None = None
         self.now = self._read()
         if self.now.boot_id != self._boot_id:
             # The first start since this boot: the boot switch decides whether the node runs.
@@ -60,13 +64,16 @@ class Switches:
     def _read(self) -> Remembered:
         try:
             with self._path.open("rb") as file:
-                facts = json.loads(file.read(FILE_BYTES_MAX))
-            return remembered(facts)
+                self._stored = remembered(json.loads(file.read(FILE_BYTES_MAX)))
         except FileNotFoundError:
             return Remembered()
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            self.note = f"{self._path} cannot be used ({error}); all switches are as at creation"
-            return Remembered()
+        except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as no:
+            self.note = (
+                f"{self._path} cannot be used ({type(no).__name__}: {no}); this node runs, and all "
+                "switches are as at creation: set those again that were different"
+            )
+            return Remembered(wanted=True, stop_reason="")
+        return self._stored
 
     def change(self, **fields: Any) -> None:
         """Change and store. Blocks for a moment.
@@ -74,10 +81,9 @@ class Switches:
         Raises:
             StoreError: it could not be stored; it is in force all the same until this process ends.
         """
-        wanted = replace(self.now, **fields)
-        if wanted == self.now:
+        self.now = wanted = replace(self.now, **fields)
+        if wanted == self._stored:
             return
-        self.now = wanted
         temporary = self._path.with_suffix(".json.new")
         data = json.dumps(asdict(wanted), indent=1).encode() + b"\n"
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -92,6 +98,7 @@ class Switches:
             sync_directory(self._path.parent)
         except OSError as error:
             raise store_error(error, f"{self._path}") from error
+        self._stored = wanted
 
     # --- the bound on automatic actions -----------------------------------------------------------
 
@@ -115,16 +122,23 @@ class Switches:
 
 
 def remembered(facts: Any) -> Remembered:
-    """The content of the file. Raises ValueError, TypeError, KeyError."""
-    made = Remembered(
-        **{
-            **facts,
-            "actions": tuple((str(b), int(at), str(what)) for b, at, what in facts["actions"]),
-        }
-    )
-    for name in ("wanted", "boot", "failover", "checkers", "served"):
+    """The content of the file; what another version of this program wrote beside it is left out.
+
+    Raises:
+        ValueError, TypeError, LookupError, ArithmeticError: it is none.
+    """
+    if not isinstance(facts, dict) or "wanted" not in facts:
+        raise ValueError("it does not say whether this node is wanted")
+    known = {each.name: facts[each.name] for each in fields(Remembered) if each.name in facts}
+    actions = known.get("actions", ())
+    known["actions"] = tuple((str(b), int(at), str(what)) for b, at, what in actions)
+    made = Remembered(**known)
+    for name in _SWITCHES:
         if not isinstance(getattr(made, name), bool):
             raise ValueError(f"{name} is neither true nor false")  # noqa: TRY004 - one class here
+    for name in ("stop_reason", "boot_id"):
+        if not isinstance(getattr(made, name), str):
+            raise ValueError(f"{name} is no text")  # noqa: TRY004 - one class here
     return made
 
 
