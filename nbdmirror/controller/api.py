@@ -254,7 +254,7 @@ class Api:
         return "the application is stopped and started"
 
     async def _resync(self, _args: Arguments) -> str:
-        await self._conductor.engine_command("resync")
+        await self._conductor.command("resync")
         return "everything is compared with the other node"
 
     async def _switch(self, args: Arguments) -> str:

@@ -14,7 +14,6 @@ from typing import Any, Final
 from nbdmirror.config import Config
 from nbdmirror.controller.arbiter import Arbiter
 from nbdmirror.controller.checkers import Checkers
-from nbdmirror.controller.dead_engine import dead_engine
 from nbdmirror.controller.dialogs import Dialogs
 from nbdmirror.controller.engine_link import EngineLink
 from nbdmirror.controller.heart import Heart, boottime_ms
@@ -23,6 +22,7 @@ from nbdmirror.controller.reload import Comparison, facts_of
 from nbdmirror.controller.service import Service
 from nbdmirror.controller.supervisor import KILL_S, Supervisor
 from nbdmirror.controller.switches import Switches, stored
+from nbdmirror.controller.words import Words
 from nbdmirror.core.cluster import body as bodies
 from nbdmirror.core.cluster import policy, standing, view
 from nbdmirror.core.cluster.body import Body
@@ -37,8 +37,6 @@ LOOK_S: Final = 0.2
 AGAIN_S: Final = 1.0
 FRESH_MS: Final = 1_000
 VERDICT_S: Final = 1.0
-# Both ends give a silent channel up after the same time, but do not begin to count together.
-CHANNEL_S: Final = 1.5
 CLEAN_AGAIN_S: Final = 10.0
 POLLS_LOST_MAX: Final = 2
 
@@ -66,7 +64,8 @@ class Conductor:
             silence_ms=config.controller.silence_ms,
             on_body=self._heard,
         )
-        self.dialogs = Dialogs(self._say_now, self._command, self._on_please, self.tell)
+        self.words = Words(self)
+        self.dialogs = Dialogs(self._say_now, self.command, self.words.on_please, self.tell)
         self.peer_body: Body | None = None
         self.decision = Decision("start", Step.NOTHING, "the controller is starting")
         self.decided_ms = boottime_ms()
@@ -86,9 +85,9 @@ class Conductor:
         self._cleaned = False
         self._cleaned_s = 0.0
         self._said = Body()
-        self._hands = asyncio.Lock()
+        self.hands = asyncio.Lock()
         self._woken = asyncio.Event()
-        self._looked = asyncio.Event()
+        self.looked = asyncio.Event()
         self._closing: asyncio.Task[None] | None = None
         self._ending = False
 
@@ -259,7 +258,7 @@ class Conductor:
         """Until `end`."""
         while not self._ending:
             await self._look()
-            self._looked.set()
+            self.looked.set()
             self.view = self.look_at_everything()
             self._settle()
             self.view = self.look_at_everything()
@@ -376,7 +375,12 @@ class Conductor:
         self.trouble = ""
         return True
 
-    async def _command(self, name: str, **args: object) -> dict[str, Any]:
+    async def command(self, name: str, **args: object) -> dict[str, Any]:
+        """A command for the engine as it was seen last.
+
+        Raises:
+            NbdMirrorError: there is none, or it refuses.
+        """
         if self.engine_state is None:
             raise UnreachableError("the engine of this node is not running")
         return await self.link.command(name, self.engine_state, **args)
@@ -387,13 +391,13 @@ class Conductor:
         self.service.leave(served=False)
 
     async def _start_engine(self) -> None:
-        async with self._hands:
+        async with self.hands:
             await self.supervisor.start()
 
     async def _stop_engine(self) -> None:
         stored(self.switches, served=False)
         try:
-            await self._command("stop")
+            await self.command("stop")
         except NbdMirrorError as error:
             self.tell(f"the engine did not leave in order: {error}")
             self.supervisor.kill()
@@ -412,17 +416,17 @@ class Conductor:
         self.service.leave(served=engine is not None and engine.primary and not engine.frozen)
 
     async def _promote(self) -> None:
-        await self._command("promote", force=self.orders.force)
+        await self.command("promote", force=self.orders.force)
         self.orders.promoted()
         stored(self.switches, served=True)
 
     async def _demote(self) -> None:
-        await self._command("demote")
+        await self.command("demote")
         if self.orders.order is not None:
             stored(self.switches, served=False)
 
     async def _alone(self) -> None:
-        await self._command("alone")
+        await self.command("alone")
 
     async def _ask_arbiter(self) -> None:
         self._verdict, self.verdict_reason = await self._arbiter.ask(self.config, boottime_ms())
@@ -430,75 +434,15 @@ class Conductor:
         self.tell(f"arbiter {self.config.arbiter.name.lower()}: {self._verdict.value}: "
                   f"{self.verdict_reason}")  # fmt: skip
 
-    # --- the words of leaving --------------------------------------------------------------------
-
     async def _ask_peer(self) -> None:
         self._asked_peer = True
-        before = self.dialogs.parts.done
-
-        def over() -> bool:
-            """It has left, or is gone; or it does not hear this node, and serves by now."""
-            serves = self.peer_body is not None and self.peer_body.primary
-            return self.dialogs.parts.done != before or serves or not self.peer_heard()
-
-        await self.dialogs.please(over)
+        await self.words.ask_peer()
 
     async def _speak(self) -> None:
-        """For the dead engine of this node: the addresses go first, then the words."""
         self._spoken = True
-        await self.service.drop_addresses()
-        problem = await self._leave_for_the_dead()
-        if problem:
-            self.tell(f"nothing was said for the dead engine: {problem}")
-
-    async def _leave_for_the_dead(self) -> str:
-        async with self._hands:
-            if self.supervisor.alive:
-                return "it runs again"
-            with dead_engine(self.config) as dead:
-                dead.require_leaving()
-
-                async def mark(_session: str) -> None:
-                    await asyncio.to_thread(dead.mark_outdated)
-
-                return await self.dialogs.leave(dead.generation, mark)
-
-    async def _on_please(self) -> bool:
-        """The peer serves, or wants to, and asks this node to leave."""
-        try:
-            if not self.supervisor.alive:
-                problem = await self._leave_for_the_dead()
-            else:
-                await self._channel_ended()
-                state = self.engine_state or {}
-                generation = str(state.get("generation", ""))
-
-                async def mark(session: str) -> None:
-                    await self._command("leave", generation=generation, session=session)
-
-                problem = await self.dialogs.leave(generation, mark)
-        except NbdMirrorError as error:
-            problem = str(error)
-        self.tell(f"the peer asked this node to leave: {problem or 'it did'}")
-        return not problem
-
-    async def _channel_ended(self) -> None:
-        """The peer has lost the channel; this engine may need a moment longer to see that."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CHANNEL_S):
-                while (self.engine_state or {}).get("session"):
-                    self._looked.clear()
-                    await self._looked.wait()
+        await self.words.speak()
 
     # --- for the api ----------------------------------------------------------------------------
-
-    async def engine_command(self, name: str) -> None:
-        """A command of the operator's that changes no role.
-
-        Raises:
-            NbdMirrorError: the engine refuses, or there is none.
-        """
-        await self._command(name)
 
     async def discard(self) -> None:
         """Give up this copy; nothing of it is kept.
@@ -508,7 +452,7 @@ class Conductor:
         """
         if self.engine_state is None:
             raise RefusedError("second --force: the engine is not running; `nbdmirror start` first")
-        await self._command("discard")
+        await self.command("discard")
 
     def config_differs(self) -> bool:
         """Whether the peer reads another configuration."""
