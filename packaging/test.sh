@@ -2,13 +2,15 @@
 # Everything that must hold before a change is taken: lint, format, types, import contracts, tests.
 # As root on Debian 12 nothing is left out. Without root it does what it can, lists the rest and
 # ends with an error. Bounded in time; leaves no process, mount or file behind.
-# Arguments go to pytest.
+# Arguments go to pytest. A file of tests runs in one process; NBDMIRROR_TEST_JOBS says how many
+# processes there are.
 set -uo pipefail
 # shellcheck source=packaging/lib.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
 NBDMIRROR_WHO=test
 LIMIT_S=1140          # of the whole run: under the 20 minutes that a CI job gets
 PYTEST_RESERVE_S=30   # for pytest's own closing lines
+JOBS=${NBDMIRROR_TEST_JOBS:-3}   # most tests wait for real processes, not for a core
 
 failed=() not_done=()
 cd "$NBDMIRROR_ROOT" || exit 1
@@ -53,7 +55,8 @@ for line in "${not_done[@]}"; do warn "not done: $line"; done
 # pytest comes last, so that its own closing line is the last word of a good run.
 budget=$(($(left) - PYTEST_RESERVE_S))
 NBDMIRROR_HYPOTHESIS=${NBDMIRROR_HYPOTHESIS:-ci} step "pytest" "${contained[@]}" \
-    python -m pytest -q --color=no --session-timeout="$((budget > 1 ? budget : 1))" "$@"
+    python -m pytest -q --color=no -n "$JOBS" --dist loadfile \
+    --session-timeout="$((budget > 1 ? budget : 1))" "$@"
 
 [ "${#failed[@]}" -eq 0 ] || { warn "failed: $(IFS=,; echo "${failed[*]}")"; exit 1; }
 [ "${#not_done[@]}" -eq 0 ] || { warn "incomplete: ${#not_done[@]} part(s) not done, see above"; exit 3; }
