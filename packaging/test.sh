@@ -45,7 +45,8 @@ step "ruff format" ruff format --check .
 step "mypy" mypy "${sources[@]}"
 step "lint-imports" lint-imports --no-cache --no-logo
 
-is_root || not_done+=("tests that need root (listed by pytest below)")
+# One process then, because the list is made where the tests are collected.
+is_root || { JOBS=0; not_done+=("tests that need root (listed by pytest below)"); }
 mapfile -t missing < <(missing_packages)
 [ "${#missing[@]}" -eq 0 ] || not_done+=("tests that need ${missing[*]}")
 set_contained || not_done+=("no process tree of its own: a failing test may leave processes behind")
