@@ -8,7 +8,9 @@ own work go on beside it. Must never act on a state that it did not just see.
 
 import asyncio
 import contextlib
+import secrets
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final
 
 from nbdmirror.config import Config
@@ -38,6 +40,7 @@ AGAIN_S: Final = 1.0
 FRESH_MS: Final = 1_000
 VERDICT_S: Final = 1.0
 CLEAN_AGAIN_S: Final = 10.0
+FACTS_ID_BYTES: Final = 8
 POLLS_LOST_MAX: Final = 2
 
 
@@ -85,6 +88,8 @@ class Conductor:
         self._cleaned = False
         self._cleaned_s = 0.0
         self._said = Body()
+        self._facts: tuple[object, ...] = ()
+        self._facts_id = ""
         self.hands = asyncio.Lock()
         self._woken = asyncio.Event()
         self.looked = asyncio.Event()
@@ -181,14 +186,13 @@ class Conductor:
 
     def peer_heard(self) -> bool:
         """Whether a fresh heartbeat came within the silence."""
-        silent = self.heart.silent_ms() > self.config.controller.silence_ms
-        return self.heart.ever_heard() and not silent
+        return self.heart.ever_heard() and not self._silence_is_over()
 
     def look_at_everything(self) -> View:
         """The view of this moment."""
         engine = view.engine_of(self.engine_state) if self.engine_state is not None else None
         before = self._before_down()
-        return View(
+        v = View(
             settings=self._settings(),
             wanted=self.switches.now.wanted and not self.orders.shutdown,
             stop_reason=self.orders.stop_reason(),
@@ -209,7 +213,19 @@ class Conductor:
             order=self.orders.order,
             order_from=self.orders.reason,
             swap_to=self.orders.swap_to,
+            listening=not self.heart.ever_heard() and not self._silence_is_over(),
         )
+        return replace(v, facts_id=self._id_of(policy.own_facts(v)))
+
+    def _silence_is_over(self) -> bool:
+        """Whether nothing was heard for as long as a peer that is there would not be silent."""
+        return self.heart.silent_ms() > self.config.controller.silence_ms
+
+    def _id_of(self, facts: tuple[object, ...]) -> str:
+        """A fresh id for each change of these facts: what is as it was before has another one."""
+        if facts != self._facts:
+            self._facts, self._facts_id = facts, secrets.token_hex(FACTS_ID_BYTES)
+        return self._facts_id
 
     def _clean_again(self) -> bool:
         """Whether what could not be removed is tried once more."""
@@ -323,6 +339,8 @@ class Conductor:
             was_primary=engine is not None and engine.was_primary,
             held_back=bool(v.held_back),
             candidate=policy.candidate(v) if connected else 0,
+            facts_id=v.facts_id,
+            facts_seen=v.peer.facts_id,
             swap_to=v.swap_to,
             deposed=self.switches.now.served and not policy.is_primary(v),
             stop_both=v.stop_both,
