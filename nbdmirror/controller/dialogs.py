@@ -18,6 +18,7 @@ metadata code under the dead engine's lock.
 import asyncio
 import contextlib
 import secrets
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -28,6 +29,8 @@ from nbdmirror.errors import NbdMirrorError
 ANSWER_S: Final = 1.0
 STORED_S: Final = 3.0
 LOOK_S: Final = 0.2
+ACTED_MAX: Final = 16
+TASKS_MAX: Final = 16
 
 
 @dataclass(slots=True)
@@ -59,7 +62,8 @@ class Dialogs:
         self._tell = tell
         self._peer = Body()
         self._heard = asyncio.Event()
-        self._acted: dict[str, str] = {}
+        self._acted: deque[tuple[str, str]] = deque(maxlen=ACTED_MAX)
+        self._leaving = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
     # --- what the peer says -----------------------------------------------------------------------
@@ -76,9 +80,9 @@ class Dialogs:
             self._begin(self._leave_for(body.please))
 
     def _is_new(self, kind: str, number: str) -> bool:
-        if self._acted.get(kind) == number:
+        if (kind, number) in self._acted or len(self._tasks) >= TASKS_MAX:
             return False
-        self._acted[kind] = number
+        self._acted.append((kind, number))
         return True
 
     def _begin(self, work: Any) -> None:
@@ -122,8 +126,13 @@ class Dialogs:
     async def leave(self, generation: str, mark: Callable[[str], Awaitable[None]]) -> str:
         """Ask, be marked as behind, say so; "" when the peer has stored it, else why not.
 
-        `mark` gets the number of the session that the answer was bound to, and stores.
+        `mark` gets the number of the session that the answer was bound to, and stores. One at a
+        time: a heartbeat has room for one question.
         """
+        async with self._leaving:
+            return await self._leave(generation, mark)
+
+    async def _leave(self, generation: str, mark: Callable[[str], Awaitable[None]]) -> str:
         number = secrets.token_hex(8)
         self.parts.ask = Ask(id=number, generation=generation)
         self._say()
