@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.cluster import Cluster, ClusterNode
+from tests.support.cluster import Cluster, ClusterNode, Status
 from tests.support.load import Load
 from tests.support.network import ROUTER, WIRES, Switched
 
@@ -55,17 +55,20 @@ def runs(c: Cluster) -> set[str]:
     return {node.name for node in c.both if (c.root / f"{node.name}.runs").exists()}
 
 
-def answers_since(node: ClusterNode, seen: int) -> list[str]:
-    """What the arbiter has said to this node, after its first `seen` answers."""
-    said = [e["reason"] for e in node.told("note") if e["reason"].startswith("arbiter ping: ")]
-    return said[seen:]
+def frozen_ms(node: ClusterNode) -> float:
+    """How long its clients waited, from the first step after the loss of the channel."""
+    taken = {e["step"]: e["at_ms"] for e in node.told("decision")}
+    return float(taken["go on alone"] - taken["ask the peer to leave"])
 
 
 def hears_the_router_again(node: ClusterNode) -> None:
     """Wait until the newest answer of the arbiter is another one than silence."""
-    node.wait(
-        lambda _: "no echo" not in (answers_since(node, 0) or ["no echo"])[-1], "an echo is back"
-    )
+
+    def echo(_: Status) -> bool:
+        said = [e["reason"] for e in node.told("note") if e["reason"].startswith("arbiter ping: ")]
+        return bool(said) and "no echo" not in said[-1]
+
+    node.wait(echo, "an echo is back")
 
 
 def test_a_cut_between_the_nodes_alone_is_a_split_brain(c: Cluster, network: Switched) -> None:
@@ -199,6 +202,7 @@ def test_an_operator_is_the_arbiter() -> None:
         assert not load.error
         c.beta.up()
         c.in_sync(c.alpha)
+        assert frozen_ms(c.alpha) < 3_500, "a silent peer is not waited for as one that talks"
         killed = c.alpha.kill_engine()
         c.alpha.wait(lambda s: s["engine"] and s["engine"]["pid"] != killed, "restarted in place")
         c.in_sync(c.alpha)
