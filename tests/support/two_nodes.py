@@ -13,8 +13,7 @@ goes on alone counts as one that acknowledged something alone. The arbiter is `n
 one: it always says yes.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final
@@ -23,7 +22,6 @@ from nbdmirror.core.cluster import policy, standing
 from nbdmirror.core.cluster.policy import Decision, Step, candidate, decide
 from nbdmirror.core.cluster.view import Engine, OrderKind, Peer, Service, Settings, Verdict, View
 
-ROUNDS_MAX: Final = 40
 MAIL_MAX: Final = 2
 
 
@@ -475,95 +473,3 @@ def stop(w: World, n: int) -> World:
 def go(w: World, n: int) -> World:
     """An operator types `start`."""
     return brain(w, n, wanted=True)
-
-
-# --- runs ------------------------------------------------------------------------------------
-
-Event = Callable[[World, int], World]
-ALWAYS: Final[tuple[Event, ...]] = (
-    *(step, step, step, step, deliver, deliver, deliver, deliver),
-    *(repeat, repeat, deliver_role, deliver_role, hush),
-    lambda w, _: meet(w),
-    lambda w, _: copied(w),
-)
-TROUBLE: Final[tuple[Event, ...]] = (
-    *(toggle, swap, expire, kill_engine, crash, boot, stop, go, cut_channel, heal),
-    *(kill_controller, cut_heart),
-)
-
-
-def new_world(source: int = 0, was: tuple[bool, bool] = (False, False), **settings: Any) -> World:
-    """Two nodes in sync that have just heard each other; nobody serves."""
-    ids = tuple(Settings(node_id=n + 1, peer_id=2 - n, **settings) for n in (0, 1))
-    w = World(
-        (Metal(was_primary=was[0]), Metal(was_primary=was[1])),
-        (Brain(), Brain()),
-        (ids[0], ids[1]),
-        phase="synced",
-        source=source,
-    )
-    for n in (0, 1):
-        w = deliver(repeat(say(w, 1 - n), n), n)
-    return w
-
-
-def rounds(w: World, count: int = ROUNDS_MAX) -> World:
-    """Everything arrives at once, and both act in turn."""
-    for _ in range(count):
-        for n in (0, 1):
-            w = repeat(w, n)
-            while w.brain[n].mail and w.brain[n].alive:
-                w = deliver(w, n)
-            while w.metal[n].role_mail:
-                w = deliver_role(w, n)
-            w = step(hush(w, n), n)
-        w = copied(meet(w))
-    return w
-
-
-def well(w: World) -> World:
-    """No trouble any more: both hosts run, both networks are there, nothing holds anybody back."""
-    w = heal(w)
-    for n in (0, 1):
-        w = brain(expire(go(boot(w, n), n), n), n, held=False)
-    return rounds(w)
-
-
-def serving(w: World) -> list[int]:
-    """The ids of the nodes that serve, application included."""
-    return [n + 1 for n in (0, 1) if w.metal[n].primary and w.brain[n].up]
-
-
-def explored(
-    start: World, free: tuple[Event, ...], costly: dict[tuple[Event, int], int]
-) -> Iterator[tuple[World, tuple[str, ...]]]:
-    """Every world that can be reached, with a shortest way; the costly events so often at most."""
-    budget = tuple(costly.values())
-    todo: deque[tuple[World, tuple[int, ...], tuple[str, ...]]] = deque([(start, budget, ())])
-    seen = {(start, budget)}
-    while todo:
-        w, left_over, way = todo.popleft()
-        yield w, way
-        tries = [(event, n, left_over) for event in free for n in (0, 1)]
-        for place, (event, n) in enumerate(costly):
-            if left_over[place]:
-                less = (*left_over[:place], left_over[place] - 1, *left_over[place + 1 :])
-                tries.append((event, n, less))
-        for event, n, rest in tries:
-            after = event(w, n)
-            if (after, rest) not in seen:
-                seen.add((after, rest))
-                todo.append((after, rest, (*way, f"{event.__name__}({n})")))
-
-
-def written(w: World) -> World:
-    """Clients write wherever they may."""
-    for n in (0, 1):
-        if w.metal[n].primary and w.metal[n].right:
-            w = metal(w, 1 - n, lacks=True)
-    return w
-
-
-def two_primaries(w: World) -> bool:
-    """Both were promoted into one session: nobody lost anybody, so neither has a right."""
-    return all(m.primary and not m.right for m in w.metal)
