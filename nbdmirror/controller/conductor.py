@@ -68,7 +68,7 @@ class Conductor:
             on_body=self._heard,
         )
         self.words = Words(self)
-        self.dialogs = Dialogs(self._say_now, self.command, self.words.on_please, self.tell)
+        self.dialogs = Dialogs(self._say_now, self.link.word, self.words.on_please, self.tell)
         self.peer_body: Body | None = None
         self.decision = Decision("start", Step.NOTHING, "the controller is starting")
         self.decided_ms = boottime_ms()

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from nbdmirror.control_client import refusal
-from nbdmirror.errors import UnreachableError
+from nbdmirror.errors import StaleCommandError, UnreachableError
 from nbdmirror.limits import COMMAND_TIMEOUT_MS, ENGINE_PING_TIMEOUT_MS, MIB
 
 LINE_BYTES_MAX: Final = MIB
 COMMAND_S: Final = COMMAND_TIMEOUT_MS / 1000 + 5
 PING_S: Final = ENGINE_PING_TIMEOUT_MS / 1000
+WORD_TRIES: Final = 5
 
 State = dict[str, Any]
 
@@ -129,6 +130,21 @@ class EngineLink:
         return await self._command.call(
             name, COMMAND_S, instance=state.get("instance"), epoch=state.get("epoch"), args=args
         )
+
+    async def word(self, name: str, **args: object) -> State:
+        """A word of leaving, for the engine as it is now.
+
+        It is bound to a generation and a session by itself, so the epoch says nothing about it: the
+        last look may be older than the end of that session, which has changed the role.
+
+        Raises:
+            NbdMirrorError: there is no engine, or it refuses.
+        """
+        for _ in range(WORD_TRIES):
+            state = await self._command.call("state", PING_S)
+            with contextlib.suppress(StaleCommandError):
+                return await self.command(name, state, **args)
+        raise StaleCommandError(f"{name}: the engine changes its role again and again")
 
     async def _follow(self) -> None:
         with contextlib.suppress(OSError, ValueError):

@@ -74,7 +74,7 @@ class Words:
         generation = str(state.get("generation", ""))
 
         async def mark(session: str) -> None:
-            await self._c.command("leave", generation=generation, session=session)
+            await self._c.link.word("leave", generation=generation, session=session)
 
         return await self._c.dialogs.leave(generation, mark)
 
