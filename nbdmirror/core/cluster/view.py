@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+# What an engine recommends to whoever commands it by hand, and the order that does it here.
+BY_HAND = "nbdmirror engine promote --force"
+BY_ORDER = "nbdmirror prim --force"
 NO_SESSION = ""
 NEGOTIATING = "negotiating"
 SYNCED = "synced"
@@ -189,10 +192,10 @@ def engine_of(state: Mapping[str, Any]) -> Engine:
         peer_primary=bool(session.get("peer_primary")),
         peer_attended=bool(session.get("peer_attended")),
         peer_outdated="peer_outdated" in flags,
-        promote_refusal=str(state.get("promote_refusal", "")),
+        promote_refusal=str(state.get("promote_refusal", "")).replace(BY_HAND, BY_ORDER),
         was_primary="was_primary" in flags,
         stop_first=bool(state.get("stop_first")),
         split="split" in flags,
-        refusal=str(state.get("refusal", "")),
+        refusal=str(state.get("refusal", "")).replace(BY_HAND, BY_ORDER),
         changing=str(state.get("changing", "")),
     )
