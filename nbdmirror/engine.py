@@ -165,6 +165,7 @@ class Engine:
                 flush_interval_ms=settings.flush_interval_ms,
                 flush_bytes=settings.flush_bytes,
                 freeze_limit_ms=settings.freeze_limit_ms,
+                hand_over=self.config.takeover == "automatic",
             ),
             self.instance,
         )

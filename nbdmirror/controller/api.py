@@ -195,9 +195,10 @@ class Api:
         v = c.look_at_everything()
         if v.engine is not None and v.engine.primary:
             raise RefusedError("prim: this node is primary already")
-        if policy.peer_serves(v) and not force:
+        if policy.peer_serves(v):
             raise RefusedError(
-                f"prim: {v.settings.peer_name} serves; `nbdmirror swap` exchanges the roles"
+                f"prim: {v.settings.peer_name} serves; `nbdmirror swap` exchanges the roles, and "
+                "`nbdmirror stop` there ends its service"
             )
         refusal = v.engine.promote_refusal if v.engine is not None else ""
         if refusal and not force:

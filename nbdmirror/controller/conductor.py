@@ -81,6 +81,7 @@ class Conductor:
         self._died_serving = False
         self._spoken = True
         self._asked_peer = False
+        self._promoting = False
         self._arbiter = Arbiter()
         self._verdict = Verdict.UNASKED
         self.verdict_reason = ""
@@ -292,7 +293,8 @@ class Conductor:
         v = self.view
         engine = v.engine
         if engine is not None and (engine.phase or not (engine.frozen or policy.silent(v))):
-            self._asked_peer = False
+            # One question for as long as the peer has no engine: its answer would be the same.
+            self._asked_peer = self._asked_peer and v.peer.heard and not v.peer.engine
             self._arbiter.heard()
             self._verdict = Verdict.UNASKED
         if self._verdict is Verdict.NO and boottime_ms() / 1000 - self._verdict_s > VERDICT_S:
@@ -328,6 +330,8 @@ class Conductor:
         v, parts = self.view, self.dialogs.parts
         engine = v.engine
         connected = engine is not None and engine.synced and not engine.primary
+        # While this node becomes primary it names nobody, whatever it hears meanwhile.
+        names = connected and not self._promoting
         body = Body(
             role=standing.role_of(v).value,
             readiness=standing.readiness_of(v).value,
@@ -338,7 +342,7 @@ class Conductor:
             promotable=policy.promotable(v),
             was_primary=engine is not None and engine.was_primary,
             held_back=bool(v.held_back),
-            candidate=policy.candidate(v) if connected else 0,
+            candidate=policy.candidate(v) if names else 0,
             facts_id=v.facts_id,
             facts_seen=v.peer.facts_id,
             swap_to=v.swap_to,
@@ -434,7 +438,11 @@ class Conductor:
         self.service.leave(served=engine is not None and engine.primary and not engine.frozen)
 
     async def _promote(self) -> None:
-        await self.command("promote", force=self.orders.force)
+        self._promoting = True
+        try:
+            await self.command("promote", force=self.orders.force)
+        finally:
+            self._promoting = False
         self.orders.promoted()
         stored(self.switches, served=True)
 

@@ -14,7 +14,7 @@ from nbdmirror.controller.switches import Switches, stored
 from nbdmirror.core.cluster import policy
 from nbdmirror.core.cluster.checking import CheckerFacts, demanded
 from nbdmirror.core.cluster.view import OrderKind, Service, View
-from nbdmirror.errors import RefusedError
+from nbdmirror.errors import RefusedError, StoreError
 
 SWAP_S: Final = 30.0
 FAILBACK_S: Final = 5.0
@@ -127,6 +127,9 @@ class Orders:
             self.order = None
         if self.order is OrderKind.PRIM and primary:
             self.order = None
+        if v.service is Service.LEAVING:
+            # However long the application takes to stop.
+            self._swap_until_s = max(self._swap_until_s, monotonic() + SWAP_S)
         if self.swap_to and (monotonic() > self._swap_until_s or self._swapped(v, primary=primary)):
             self.swap_to = 0
             if self.order is OrderKind.SWAP:
@@ -212,7 +215,10 @@ class Orders:
                 "without an operator: look at it, then `nbdmirror start`"
             )
             return
-        self._switches.count_action(f"{action}: {reason}")
+        try:
+            self._switches.count_action(f"{action}: {reason}")
+        except StoreError as error:
+            self._tell(f"the count of actions was not stored: {error}")
         self._tell(f"{action}, because of {reason}")
         if action == "stop":
             self.stop(f"stopped because of {reason}")

@@ -68,6 +68,7 @@ class Settings:
     flush_bytes: int = FLUSH_BYTES
     freeze_limit_ms: int = FREEZE_LIMIT_MS
     read_lease_ms: int = 0
+    hand_over: bool = True
 
 
 class Node(Durable):

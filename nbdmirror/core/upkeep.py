@@ -207,10 +207,11 @@ class Upkeep:
     def unattended(self, now_ms: int) -> None:
         """A primary that lost its controller hands over to a peer that has one.
 
-        It goes on serving where it cannot, and it never begins by itself to acknowledge alone.
+        It goes on serving where it cannot, or where only an operator may change roles, and it never
+        begins by itself to acknowledge alone.
         """
         node = self.node
-        if node.attended or not node.was_attended:
+        if node.attended or not node.was_attended or not node.settings.hand_over:
             self.attended_ms = now_ms
             return
         if now_ms - self.attended_ms <= CONTROLLER_LOST_MS:

@@ -16,4 +16,4 @@ def test_a_remedy_names_the_order_and_not_the_engine() -> None:
 def test_a_state_without_facts_is_an_engine_that_does_nothing() -> None:
     """Breaks in the field: an engine of another version ends the controller."""
     seen = engine_of({})
-    assert not (seen.primary or seen.synced or seen.right_alone or seen.met or seen.frozen)
+    assert not any((seen.primary, seen.synced, seen.right_alone, seen.met, seen.frozen))
