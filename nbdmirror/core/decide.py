@@ -220,7 +220,7 @@ def _equal_source(pair: _Pair) -> NodeView:
 
 
 def _goes_on(pair: _Pair) -> NodeView:
-    """Who keeps serving after a split brain: who serves now, else who did last.
+    """Who keeps serving after a split brain: who serves now, else who did before the other one.
 
     The side that waits drops its ALONE flag when it records the verdict, so a later contact, after
     both were down, comes to the same answer.
@@ -228,6 +228,7 @@ def _goes_on(pair: _Pair) -> NodeView:
     return (
         _only(pair, lambda view: view.primary_now)
         or _only(pair, lambda view: Flags.ALONE in view.flags)
+        or _only(pair, lambda view: Flags.TOOK_OVER not in view.flags)
         or _only(pair, lambda view: Flags.WAS_PRIMARY in view.flags)
         or _only(pair, _usable)
         or _lower_id(pair)

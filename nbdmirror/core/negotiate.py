@@ -469,6 +469,7 @@ def knows(peer_uuid: bytes) -> Callable[[Superblock], Superblock]:
 def inconsistent(sb: Superblock) -> Superblock:
     """In the middle of a resync: neither promotable nor a source; nothing of its own is pending."""
     gone = Flags.ALONE | Flags.PEER_OUTDATED | Flags.WAS_PRIMARY | Flags.ZEROED | Flags.SPLIT
+    gone |= Flags.TOOK_OVER
     return replace(
         sb,
         data_state=DataState.INCONSISTENT,

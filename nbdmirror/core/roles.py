@@ -159,7 +159,7 @@ def become_primary(node: Node, changes: dict[str, object], claim: bytes = NO_GEN
         flags = sb.flags | Flags.WAS_PRIMARY
         edited = claimed_edit(sb, claim) if any(claim) else sb
         if any(claim):
-            flags |= Flags.ALONE
+            flags |= Flags.ALONE | Flags.TOOK_OVER
         return replace(edited, flags=flags, term=sb.term + 1, **changes)  # type: ignore[arg-type]
 
     yield from node.change(edit)

@@ -94,6 +94,7 @@ class Flags(enum.IntFlag):
     SPARSE = 1 << 7
     CACHE_LOST = 1 << 8
     FELL_BACK = 1 << 9
+    TOOK_OVER = 1 << 10
 
 
 _FLAGS_KNOWN: Final = int(sum(Flags))

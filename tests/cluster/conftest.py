@@ -1,5 +1,1 @@
 """Real nodes with real controllers."""
-
-import pytest
-
-pytest.register_assert_rewrite("tests.support.cluster")

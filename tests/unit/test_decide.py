@@ -446,6 +446,9 @@ def test_reason_is_a_sentence_with_both_nodes_and_a_remedy(name: str) -> None:
         assert FORCE_COMMAND in decision.reason
 
 
+TOOK_OVER = Flags.WAS_PRIMARY | Flags.ALONE | Flags.TOOK_OVER
+
+
 @pytest.mark.parametrize(
     ("mine", "theirs", "waits"),
     [
@@ -453,9 +456,13 @@ def test_reason_is_a_sentence_with_both_nodes_and_a_remedy(name: str) -> None:
         (alone(A, G1, G), replace(alone(B, G2, G), primary_now=True), 1),
         (replace(alone(A, G1, G), flags=Flags.WAS_PRIMARY), alone(B, G2, G), 1),
         (replace(alone(A, G1, G), flags=Flags.ALONE), alone(B, G2, G), 1),
+        (replace(alone(A, G1, G), flags=TOOK_OVER), alone(B, G2, G), 1),
         (alone(A, G1, G), alone(B, G2, G), 2),
     ],
-    ids=["only A serves", "only B serves", "only B alone", "only B was primary", "lower id"],
+    ids=[
+        *("only A serves", "only B serves", "only B alone", "only B was primary"),
+        *("A took over from B", "lower id"),
+    ],
 )
 def test_split_brain_keeps_exactly_one_side_going(
     mine: NodeView, theirs: NodeView, waits: int
