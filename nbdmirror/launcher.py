@@ -102,7 +102,8 @@ def take_lock(path: Path) -> int:
     except BlockingIOError:
         os.close(descriptor)
         raise RefusedError(
-            f"{path}: another engine of this mirror runs on this node; stop it first"
+            f"{path}: a controller (or `nbdmirror engine run`) of this mirror runs on this node "
+            "already"
         ) from None
     except OSError as error:
         os.close(descriptor)

@@ -7,6 +7,7 @@ short-lived and cost no memory worth naming. Runs on the uvloop thread.
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 from collections.abc import Awaitable, Callable
@@ -89,7 +90,7 @@ class Peering:
             try:
                 await self._dial()
             except (OSError, PeerProtocolError, TimeoutError) as error:
-                self._note(str(error) or type(error).__name__)
+                self._note(why_not_connected(error, *self._peer[:2]))
             lasted_ms = (asyncio.get_running_loop().time() - began) * 1000
             pause_ms = RECONNECT_MS_MIN if lasted_ms > RECONNECT_MS_MAX else pause_ms * 2
             pause_ms = min(pause_ms, RECONNECT_MS_MAX)
@@ -236,6 +237,27 @@ class Peering:
         return channel
 
 
+def why_not_connected(error: Exception, host: str, port: int) -> str:
+    """Why dialing came to nothing, in words that name where; no number of the system's."""
+    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    if isinstance(error, ConnectionRefusedError):
+        return f"nothing answers at {where}: connection refused"
+    if isinstance(error, TimeoutError):
+        return f"no answer from {where} in time"
+    if isinstance(error, OSError):
+        if error.errno in {errno.EHOSTUNREACH, errno.ENETUNREACH}:
+            return f"no route to {where}, or its host is down"
+        return f"{where}: {in_words(error)}"
+    return in_words(error)
+
+
+def in_words(error: Exception) -> str:
+    """The sentence of an error, without the number that the system gives it."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno)
+    return str(error) or type(error).__name__
+
+
 def told_of_a_stranger(error: Exception) -> str:
     """Why an accepted connection came to nothing; never in the words of whoever made it.
 
@@ -245,7 +267,9 @@ def told_of_a_stranger(error: Exception) -> str:
         text = str(error).removeprefix(UNAUTHENTICATED)
         known = text if text in REFUSALS else "a reason that is not shown"
         return f"somebody who has not proven to be the peer refused this node: {known}"
-    return str(error) or type(error).__name__
+    if isinstance(error, TimeoutError):
+        return "a connection did not prove in time to be the peer's"
+    return in_words(error)
 
 
 def require_bytes(count: int) -> None:

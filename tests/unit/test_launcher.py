@@ -1,6 +1,7 @@
 """The launcher beside an engine that answers as one in the midst of a change does."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from typing import Any, cast
 import pytest
 
 from nbdmirror.config import Config
+from nbdmirror.errors import RefusedError
 from nbdmirror.journal import Journal
-from nbdmirror.launcher import STOP_TRIES_COUNT, Watcher
+from nbdmirror.launcher import STOP_TRIES_COUNT, Watcher, take_lock
 
 BOUND_S = 20.0
 STATE = {"instance": "00" * 16, "epoch": 1, "question": "frozen", "frozen_reason": "no peer"}
@@ -110,3 +112,12 @@ def test_an_answer_that_fails_leaves_the_launcher_alive(engine: subprocess.Popen
             watcher._answer()
         assert answers.asked == ["state", "alone"] * 2
         assert engine.poll() is None
+
+
+def test_who_comes_second_is_told_of_the_controller(tmp_path: Path) -> None:
+    """Breaks in the field: whoever starts a second nbdmirrord is sent to stop the engine."""
+    first = take_lock(tmp_path / "lock")
+    with pytest.raises(RefusedError, match="a controller .* runs on this node already"):
+        take_lock(tmp_path / "lock")
+    os.close(first)
+    os.close(take_lock(tmp_path / "lock"))
