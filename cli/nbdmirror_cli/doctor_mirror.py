@@ -19,6 +19,7 @@ import psutil
 
 from nbdmirror.config import Address, Config
 from nbdmirror.control_client import ControlClient
+from nbdmirror.controller import traces
 from nbdmirror.errors import ConfigError, NbdMirrorError
 from nbdmirror_cli.doctor import (
     FAIL,
@@ -61,6 +62,7 @@ def checks(source: Source) -> list[Check]:
         ),
         partial(key, source),
         *_optional(config),
+        partial(leftovers, config, source),
     ]
 
 
@@ -139,17 +141,32 @@ def _not_here(host: str) -> str:
 
 def peer(config: Config) -> Finding:
     """Whether the other node answers at all: its peer channel, or an echo."""
+    if config.me.id > config.peer.id:
+        return _peer_that_dials(config)
     name, address = f"peer {config.peer.name}", config.peer.address
     why = _connects(address)
     if not why:
         return Finding(name, OK, f"takes connections at {address}")
     if why == "refused":
         what = f"{address.host} is there, and nothing listens at port {address.port}"
-        return Finding(name, WARN, what, "start its engine, or look at its firewall")
+        return Finding(name, WARN, what, "start its controller, or look at its firewall")
     if not no_echo([address.host]):
         what = f"{address.host} answers echoes, but not at port {address.port}: {why}"
         return Finding(name, WARN, what, "let that port through the firewall of both nodes")
     what = f"{address} does not answer ({why}), and sends no echo"
+    return Finding(name, WARN, what, "is it up? Then look at cable, route and firewall")
+
+
+def _peer_that_dials(config: Config) -> Finding:
+    """The node with the higher id: it listens, and nothing listens at the other one."""
+    name, host = f"peer {config.peer.name}", config.peer.address.host
+    with suppress(NbdMirrorError), ControlClient(config.control_socket, ASK_S) as client:
+        if client.call("state").get("session"):
+            return Finding(name, OK, "is connected")
+    why = no_echo([host])
+    if not why:
+        return Finding(name, OK, f"{host} answers echoes; it dials this node, which listens")
+    what = f"{host}: {why}; it dials this node, and is not connected now"
     return Finding(name, WARN, what, "is it up? Then look at cable, route and firewall")
 
 
@@ -202,7 +219,7 @@ def mount_point(config: Config) -> Finding:
     # Of the mount point itself only its parent is asked: what is mounted there may hang.
     if point.parent.is_dir() and point in point.parent.iterdir():
         return Finding("mount", OK, f"{point}, {kind}")
-    return Finding("mount", WARN, f"{point} is missing", f"mkdir -p {point}")
+    return Finding("mount", OK, f"{point}, {kind}; made when needed")
 
 
 def attach(config: Config) -> Finding:
@@ -235,6 +252,49 @@ def units() -> Finding:
         return Finding("units", OK, "systemd is running")
     return Finding("units", FAIL, "units are configured, and no systemd is running",
                    "use application.start and application.stop instead")  # fmt: skip
+
+
+def leftovers(config: Config, source: Source) -> Finding:
+    """What a dead controller left: nobody looks after it, and the other node may serve by now."""
+    if any(_listens(each) for each in (config.controller_socket, config.control_socket)):
+        return Finding("left over", OK, "nothing: controller or engine of this mirror runs here")
+    run_dir, point = config.me.run_dir, config.mount.point
+    left = [f"address {each} is on this host" for each in _held(config)]
+    if (run_dir / "service.json").exists():
+        left.insert(0, f"{run_dir / 'service.json'} says that the application ran")
+    if point is not None:
+        places = traces.Places(point, config.export_unix, run_dir, config.mirror)
+        left += traces.look(places).sentences()
+    if not left:
+        return Finding("left over", OK, "nothing")
+    node = f" --node {source.node}" if source.node else ""
+    remedy = f"left by a dead controller: `nbdmirrord {source.words}{node} --clean`"
+    return Finding("left over", WARN, "; ".join(left), remedy)
+
+
+def _listens(path: Path) -> bool:
+    """Whether a process has this socket; one that may not be asked has it, too."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as tried:
+        tried.setblocking(False)
+        try:
+            tried.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        except OSError:
+            return True
+    return True
+
+
+def _held(config: Config) -> list[str]:
+    """The virtual addresses that are on an interface of this host."""
+    here = {
+        ipaddress.ip_address(known.address.partition("%")[0])
+        for addresses in psutil.net_if_addrs().values()
+        for known in addresses
+        if known.family in {socket.AF_INET, socket.AF_INET6}
+    }
+    wanted = [each.address for each in config.virtual_addresses]
+    return [each for each in wanted if ipaddress.ip_interface(each).ip in here]
 
 
 def routers(config: Config) -> Finding:

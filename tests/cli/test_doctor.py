@@ -19,6 +19,7 @@ from nbdmirror_cli import doctor, doctor_mirror, options
 from nbdmirror_cli.doctor import FAIL, MACHINE, OK, WARN, Check, Finding, run_all
 from nbdmirror_cli.main import run
 from nbdmirror_cli.options import Source
+from tests.cli.conftest import FakeEngine
 from tests.cli.fake_controller import FakeController
 from tests.cli.test_commands import Shell
 
@@ -307,6 +308,51 @@ def test_the_peer_is_asked(configured: Callable[..., Finding], base: Path) -> No
         assert configured(doctor_mirror.peer).state == OK
 
 
+def test_who_listens_does_not_look_for_a_listener(
+    base: Path, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks in the field: the node with the higher id is told for ever to start the other one."""
+    path = base / "demo.toml"
+    turned = path.read_text(encoding="utf-8").replace("id = 1", "id = 3")
+    path.write_text(turned)
+    config = load(path, "alpha", with_key=False)
+    found = doctor_mirror.peer(config)
+    assert (found.name, found.state, found.what) == ("peer beta", OK, "is connected")
+    engine.state["session"] = None
+    monkeypatch.setattr(doctor_mirror, "no_echo", lambda _hosts: "")
+    found = doctor_mirror.peer(config)
+    assert found.state == OK
+    assert "it dials this node" in found.what
+    monkeypatch.setattr(doctor_mirror, "no_echo", lambda _hosts: "no echo")
+    assert doctor_mirror.peer(config).state == WARN
+
+
+def test_what_a_dead_controller_left_is_found(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks in the field: a mount and an address stay for days, and the other node serves."""
+    path = base / "demo.toml"
+    more = '[[virtual_address]]\naddress = "192.0.2.77/24"\n'
+    config, source = load(path, "alpha", with_key=False), Source(path, "alpha")
+    assert doctor_mirror.leftovers(config, source) == Finding("left over", OK, "nothing")
+    path.write_text(path.read_text(encoding="utf-8") + more)
+    (base / "service.json").touch()
+    config = load(path, "alpha", with_key=False)
+    found = doctor_mirror.leftovers(config, source)
+    assert found.state == WARN
+    assert "service.json" in found.what
+    assert "address" not in found.what
+    here = {"eth0": [SimpleNamespace(family=socket.AF_INET, address="192.0.2.77")]}
+    monkeypatch.setattr(doctor_mirror.psutil, "net_if_addrs", lambda: here)
+    found = doctor_mirror.leftovers(config, source)
+    assert "address 192.0.2.77/24 is on this host" in found.what
+    command = f"`nbdmirrord -c {path} --node alpha --clean`"
+    assert found.remedy == f"left by a dead controller: {command}"
+    controller = FakeController(base / "controller.sock")
+    try:
+        assert doctor_mirror.leftovers(config, source).state == OK
+    finally:
+        controller.close()
+
+
 def test_half_a_copy_fails(configured: Callable[..., Finding], base: Path) -> None:
     """Breaks in the field: a node whose metadata is gone is called new."""
     assert configured(doctor_mirror.data_files).state == WARN
@@ -353,16 +399,16 @@ def test_a_virtual_address_needs_an_interface(
 def test_what_a_mount_needs_is_looked_for(
     configured: Callable[..., Finding], base: Path, programs: Callable[[str, str], None]
 ) -> None:
-    """Breaks in the field: the first takeover ends because a directory or a program is missing."""
+    """Breaks in the field: the first takeover ends because a program is missing."""
     point = base / "point"
     more = f'\n[mount]\npoint = "{point}"\ntype = "tmpfs"\n'
-    assert configured(doctor_mirror.mount_point, more).remedy == f"mkdir -p {point}"
+    missing = configured(doctor_mirror.mount_point, more)
+    assert (missing.state, missing.remedy) == (OK, "")
+    assert "made when needed" in missing.what
     point.mkdir()
-    assert configured(doctor_mirror.mount_point, more).state == OK
+    assert configured(doctor_mirror.mount_point, more).what == f"{point}, tmpfs"
     odd = more.replace("tmpfs", "nofs")
     assert configured(doctor_mirror.mount_point, odd).state == FAIL
-    lost = more.replace(str(point), "/none/point")
-    assert configured(doctor_mirror.mount_point, lost).state == WARN
     found = configured(doctor_mirror.attach, more)
     assert found.state == FAIL
     assert "apt-get install libnbd-bin" in found.remedy
@@ -410,5 +456,6 @@ interface = "lo"
     names = [each.name for each in found]
     assert names[0] == "configuration"
     wanted = {"address 192.0.2.77/24", "mount", "attach", "application", "units", "ping", "key"}
+    wanted.add("left over")
     assert not wanted - set(names)
     assert names.count("application") == 2

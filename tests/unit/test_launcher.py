@@ -117,7 +117,7 @@ def test_an_answer_that_fails_leaves_the_launcher_alive(engine: subprocess.Popen
 def test_who_comes_second_is_told_of_the_controller(tmp_path: Path) -> None:
     """Breaks in the field: whoever starts a second nbdmirrord is sent to stop the engine."""
     first = take_lock(tmp_path / "lock")
-    with pytest.raises(RefusedError, match="a controller .* runs on this node already"):
+    with pytest.raises(RefusedError, match=r"a controller .* runs on this node already"):
         take_lock(tmp_path / "lock")
     os.close(first)
     os.close(take_lock(tmp_path / "lock"))
