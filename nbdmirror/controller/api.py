@@ -211,6 +211,12 @@ class Api:
         c = self._conductor
         v = c.look_at_everything()
         primary = v.engine is not None and v.engine.primary
+        if v.engine is not None and v.engine.split and not primary and not args.get("force"):
+            raise RefusedError(
+                f"second: this node waits after a split brain: {v.settings.peer_name} goes on; "
+                "`nbdmirror second --force` gives this copy up and fills it from there (save what "
+                "only it has: `nbdmirror stop`, then copy `data`)"
+            )
         if args.get("force"):
             if primary:
                 raise RefusedError("second --force: this node serves; `nbdmirror stop`, or `swap`")

@@ -214,6 +214,7 @@ class Conductor:
             order=self.orders.order,
             order_from=self.orders.reason,
             swap_to=self.orders.swap_to,
+            served=self.switches.now.served,
             listening=not self.heart.ever_heard() and not self._silence_is_over(),
         )
         return replace(v, facts_id=self._id_of(policy.own_facts(v)))
@@ -301,6 +302,9 @@ class Conductor:
             self._verdict = Verdict.UNASKED
         if engine is not None:
             self._died_serving = False
+            replaced = engine.synced and engine.peer_primary
+            if replaced and self.switches.now.served and not v.settings.preferred_last:
+                stored(self.switches, served=False)
         self.orders.settle(v)
         self.orders.from_checkers(v, self.checkers)
 
@@ -340,7 +344,8 @@ class Conductor:
             engine=engine is not None,
             primary=engine is not None and engine.primary,
             promotable=policy.promotable(v),
-            was_primary=engine is not None and engine.was_primary,
+            was_primary=engine is not None and policy.was_last(v),
+            passive=not v.settings.failover,
             held_back=bool(v.held_back),
             candidate=policy.candidate(v) if names else 0,
             facts_id=v.facts_id,

@@ -37,6 +37,8 @@ RECEIVE_MAX: Final = 64
 # What no waiting helps against. All else may come right by itself: an interface that comes up
 # late, an address that is still being checked for duplicates.
 _HOPELESS: Final = frozenset({errno.EADDRINUSE, errno.EACCES, errno.EPERM})
+# What a peer that was heard leaves behind on the way, or sends again.
+STRAGGLERS: Final = frozenset({Refusal.OLD, Refusal.ECHO})
 _TOS_NETWORK_CONTROL: Final = 0xC0  # class selector 6 of RFC 2474
 _PRIORITY: Final = 6  # the highest that needs no privilege, socket(7)
 
@@ -130,9 +132,7 @@ class _Network:
         reason = link.down(now_ms)
         up = not reason
         if not up:
-            last = link.refused_last
-            refused = f"the last datagram that was refused: {last.value}" if last else ""
-            reason = "; ".join(filter(None, (self.trouble, reason, refused)))
+            reason = "; ".join(filter(None, (self.trouble, reason, self._refused())))
         return LinkFacts(
             name=self.name,
             local=str(self.local),
@@ -143,6 +143,16 @@ class _Network:
             refused_count=sum(link.refused.values()),
             reason=reason,
         )
+
+    def _refused(self) -> str:
+        """Why datagrams do not count, where that says what to mend.
+
+        A peer that was heard once leaves late and repeated ones behind; they explain nothing.
+        """
+        last = self.link.refused_last
+        if last is None or (last in STRAGGLERS and self.link.heard_ms is not None):
+            return ""
+        return f"the last datagram that was refused: {last.value}"
 
 
 def _prefer(made: socket.socket) -> None:

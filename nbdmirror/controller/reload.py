@@ -154,8 +154,15 @@ def plan_of(conductor: "Conductor", *, dry_run: bool) -> dict[str, Any]:
         return {"plan": plan, "done": "nothing was changed"}
     conductor.reconfigure(merged(old, new), config_id(new))
     later = sum(row["how"] != "online" for row in plan)
-    done = f"{len(plan) - later} changes are in force"
-    return {"plan": plan, "done": f"{done}, {later} wait for a restart" if later else done}
+    return {"plan": plan, "done": told(len(plan) - later, later)}
+
+
+def told(online_count: int, later_count: int) -> str:
+    """What became of the changes, in one sentence."""
+    done = "1 change is" if online_count == 1 else f"{online_count} changes are"
+    if not later_count:
+        return f"{done} in force"
+    return f"{done} in force, {later_count} {'waits' if later_count == 1 else 'wait'} for a restart"
 
 
 def how(key: str) -> str:

@@ -11,7 +11,7 @@ from nbdmirror import __version__
 from nbdmirror.controller.heart import boottime_ms
 from nbdmirror.core.cluster import standing
 from nbdmirror.core.cluster.promise import promises
-from nbdmirror.core.cluster.view import Role, View
+from nbdmirror.core.cluster.view import OrderKind, Role, View
 
 if TYPE_CHECKING:
     from nbdmirror.controller.conductor import Conductor
@@ -64,13 +64,20 @@ def status_of(c: "Conductor") -> dict[str, Any]:
         "takeover": c.config.takeover,
         "preferred": c.config.preferred,
         "promise": promises(c.engine_state or {}, c.config.arbiter.name.lower()),
-        "order": None if v.order is None else v.order.value,
+        "order": order_of(v),
         "controller": {
             "pid": os.getpid(),
             "uptime_s": round((now_ms - STARTED_MS) / 1000, 1),
             "version": __version__,
         },
     }
+
+
+def order_of(v: View) -> str | None:
+    """What is being carried out; a swap that this node asked the other one for, too."""
+    if v.order is not None:
+        return v.order.value
+    return OrderKind.SWAP.value if v.swap_to == v.settings.node_id else None
 
 
 def peer_facts(c: "Conductor", v: View) -> dict[str, Any]:

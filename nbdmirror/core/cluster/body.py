@@ -88,6 +88,7 @@ class Body(_Part):
     primary: bool = False
     promotable: bool = False
     was_primary: bool = False
+    passive: bool = False
     held_back: bool = False
     candidate: _Node = 0
     facts_id: _Brief = ""
@@ -162,6 +163,7 @@ def peer_of(body: Body | None, *, heard: bool) -> Peer:
         primary=body.primary,
         promotable=body.promotable,
         was_primary=body.was_primary,
+        passive=body.passive,
         held_back=body.held_back,
         candidate=body.candidate,
         facts_id=body.facts_id,

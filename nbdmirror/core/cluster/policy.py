@@ -127,9 +127,14 @@ def may_take_over(v: View) -> bool:
     return v.settings.takeover and v.settings.failover
 
 
+def was_last(v: View) -> bool:
+    """Whether this node was the last primary, by its metadata or by its controller's memory."""
+    return engine(v).was_primary or v.served
+
+
 def own_facts(v: View) -> tuple[object, ...]:
     """What this node brings into an election. Whenever it changes, its `facts_id` changes, too."""
-    was = v.engine is not None and v.engine.was_primary
+    was = v.engine is not None and was_last(v)
     return promotable(v), was, bool(v.held_back), v.wanted, v.engine is None, v.swap_to, v.settings
 
 
@@ -142,21 +147,17 @@ def candidate(v: View) -> int:
     s, p = v.settings, v.peer
     mine = promotable(v)
     theirs = p.heard and p.promotable and not p.held_back and p.wanted and p.engine
+    target = v.swap_to or p.swap_to
+    if mine and theirs and target in (s.node_id, s.peer_id):
+        return target
+    # Where failover is off a node keeps the role that it had, and takes no other one's.
+    mine = mine and (s.failover or was_last(v))
+    theirs = theirs and (p.was_primary or not p.passive)
     if not (mine and theirs):
         able = s.node_id if mine else s.peer_id if theirs else 0
-        was = engine(v).was_primary if mine else p.was_primary
+        was = was_last(v) if mine else p.was_primary
         return able if s.takeover or was else 0
-    target = v.swap_to or p.swap_to
-    if target in (s.node_id, s.peer_id):
-        return target
-    last = [
-        node
-        for node, was in (
-            (s.node_id, engine(v).was_primary),
-            (s.peer_id, p.was_primary),
-        )
-        if was
-    ]
+    last = [node for node, was in ((s.node_id, was_last(v)), (s.peer_id, p.was_primary)) if was]
     if len(last) == 1:
         return last[0]
     if not s.takeover:

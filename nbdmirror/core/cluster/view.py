@@ -115,6 +115,7 @@ class Peer:
     primary: bool = False
     promotable: bool = False
     was_primary: bool = False
+    passive: bool = False
     held_back: bool = False
     candidate: int = 0
     facts_id: str = ""
@@ -146,7 +147,7 @@ class View:
     is written here any more, so that both copies end equal. `held_back`: why it may not be primary
     now, "" if it may. `engine_given_up`: why no engine is started any more. `spoken`: the words of
     leaving for the engine that died were tried. `asked_peer`: the peer was asked to leave in this
-    freeze.
+    freeze. `served`: it took the role, and has not given it up in order.
     """
 
     settings: Settings
@@ -159,6 +160,7 @@ class View:
     spoken: bool = True
     peer: Peer = field(default_factory=Peer)
     listening: bool = False
+    served: bool = False
     service: Service = Service.DOWN
     service_reason: str = ""
     leftovers: bool = False
