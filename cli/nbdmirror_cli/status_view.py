@@ -32,6 +32,8 @@ Row = tuple[str, RenderableType]
 
 BAR_COLUMNS: Final = 40
 VALUE_CHARS_MAX: Final = 2000
+# The name of the link that is the peer channel; networks are named by their numbers.
+CHANNEL: Final = "channel"
 _READY: Final = {"PRIM": "bold green", "SECOND": "bold green", "ALONE": "bold yellow"}
 _READINESS: Final = {"transient": "bold yellow", "not-ready": "bold red"}
 _RULE: Final = re.compile(r"\brule (\d+)\b")
@@ -104,6 +106,14 @@ def duration_text(seconds: object) -> str:
 def _ms_text(value: object) -> str:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return f"{value:g} ms" if number else ""
+
+
+def _round_trip_text(link: Facts) -> str:
+    """With two significant digits; of the channel it is the time between two looks, no network's"""
+    value = link.get("rtt_ms")
+    if word(link, "name") == CHANNEL or not isinstance(value, int | float):
+        return ""
+    return _ms_text(value if isinstance(value, bool) else float(f"{value:.2g}"))
 
 
 def _joined(*texts: str, by: str = ", ") -> str:
@@ -265,7 +275,7 @@ def _peer_rows(facts: Facts) -> list[Row]:
         rows += [("differs", each) for each in words(peer, "config_differences")]
     for link in parts(facts, "links"):
         ends = _joined(word(link, "local"), word(link, "remote"), by=" - ")
-        silent, rtt = _ms_text(link.get("silent_ms")), _ms_text(link.get("rtt_ms"))
+        silent, rtt = _ms_text(link.get("silent_ms")), _round_trip_text(link)
         told = _joined(
             "up" if link.get("up") is True else "DOWN",
             ends,
@@ -367,7 +377,7 @@ def _setting_rows(facts: Facts) -> list[Row]:
 
 def explanation(facts: Facts) -> Facts:
     """What explains the role, as an object whose keys stay."""
-    engine = part(facts, "engine")
+    engine, peer = part(facts, "engine"), part(facts, "peer")
     texts = [
         *(word(facts, key) for key in ("reason", "remedy", "engine_reason")),
         *(word(engine, key) for key in ("refusal", "promote_refusal", "frozen_reason", "failed")),
@@ -384,7 +394,8 @@ def explanation(facts: Facts) -> Facts:
             key: word(engine, key)
             for key in ("refusal", "promote_refusal", "frozen_reason", "failed", "held")
         },
-        "peer_reason": word(part(facts, "peer"), "reason"),
+        # Of a peer that is not heard there are only old words.
+        "peer_reason": word(peer, "reason") if peer.get("heard") else "",
         "arbiter_reason": word(part(facts, "arbiter"), "reason"),
         "remedy": word(facts, "remedy"),
         "rules": rules,
@@ -405,7 +416,7 @@ def explanation_view(facts: Facts) -> RenderableType:
             ("because", why["reason"]),
             ("decided by", f'row "{why["row"] or "?"}" of the table of decisions: {step}'),
             ("order", why["order"]),
-            *(("why", line) for line in why["explain"]),
+            *(("why", line) for line in _not_said_elsewhere(why)),
             ("service", why["service_reason"]),
             ("engine", why["engine_reason"]),
             ("frozen", why["frozen_reason"]),
@@ -421,6 +432,17 @@ def explanation_view(facts: Facts) -> RenderableType:
         ),
     ]
     return grid(f"{word(facts, 'node') or 'this node'}: why", rows)
+
+
+def _not_said_elsewhere(why: Facts) -> list[str]:
+    """The lines of the explanation whose sentence has no row of its own."""
+    keys = ("reason", "service_reason", "engine_reason", "failed", "refusal", "promote_refusal")
+    said = tuple(why[key] for key in keys if why[key])
+    return [
+        line
+        for line in why["explain"]
+        if line not in said and not line.endswith(tuple(f": {each}" for each in said))
+    ]
 
 
 # --- plan and events ------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ class Comparison:
     def _compared(self, text: str) -> list[str]:
         try:
             theirs = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return []
         if not isinstance(theirs, dict):
             return []

@@ -314,6 +314,38 @@ def test_explain_says_why_and_what_to_type(shell: Shell, controller: FakeControl
     )
 
 
+def test_explain_says_nothing_twice(shell: Shell, controller: FakeController) -> None:
+    """Breaks in the field: the one sentence that helps is lost among its own repetitions, or the
+    words of a peer that is long dead are taken for news.
+    """
+    reason = "beta is silent: waiting"
+    controller.change(
+        reason=reason,
+        explain=[f"Row 'x' of the policy decided: {reason}", "The application: no disk", "more"],
+        service={"reason": "no disk"},
+        peer={"heard": False, "reason": "I serve"},
+    )
+    assert shell("explain") == 0
+    rows = [line.split("│") for line in shell.out.splitlines() if "│" in line]
+    assert [row[2].strip() for row in rows if row[1].strip() == "why"] == ["more"]
+    assert shell.out.count(reason) == shell.out.count("no disk") == 1
+    assert "I serve" not in shell.out
+
+
+def test_round_trips_are_short(shell: Shell, controller: FakeController) -> None:
+    """Breaks in the field: a table with 0.8134765625 ms, or how often the engine was looked at
+    taken for the time that a network needs.
+    """
+    ends = {"local": "a", "remote": "b", "up": True, "silent_ms": 1, "reason": ""}
+    times = {"1": 0.8134765625, "2": 123.4, "channel": 201.5}
+    controller.change(links=[{**ends, "name": name, "rtt_ms": ms} for name, ms in times.items()])
+    assert shell("status") == 0
+    rows = rows_of(shell.out)
+    assert rows["link 1"] == "up, a - b, silent for 1 ms, round trip 0.81 ms"
+    assert rows["link 2"].endswith("round trip 120 ms")
+    assert "round trip" not in rows["link channel"]
+
+
 # --- processes ------------------------------------------------------------------------------------
 
 

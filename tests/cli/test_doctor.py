@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from nbdmirror import errors
@@ -341,7 +342,7 @@ def test_what_a_dead_controller_left_is_found(base: Path, monkeypatch: pytest.Mo
     assert "service.json" in found.what
     assert "address" not in found.what
     here = {"eth0": [SimpleNamespace(family=socket.AF_INET, address="192.0.2.77")]}
-    monkeypatch.setattr(doctor_mirror.psutil, "net_if_addrs", lambda: here)
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: here)
     found = doctor_mirror.leftovers(config, source)
     assert "address 192.0.2.77/24 is on this host" in found.what
     command = f"`nbdmirrord -c {path} --node alpha --clean`"

@@ -8,7 +8,7 @@ import pytest
 
 from nbdmirror.config import Address
 from nbdmirror.controller.heart import RECEIVE_MAX, Heart
-from nbdmirror.core.cluster.heartbeat import BODY_BYTES_MAX
+from nbdmirror.core.cluster.heartbeat import BODY_BYTES_MAX, Refusal
 from nbdmirror.errors import ConfigError
 from tests.support.hearts import (
     MIRROR,
@@ -116,6 +116,10 @@ def test_a_peer_that_ends_becomes_silent() -> None:
             assert "the peer is silent" in facts.reason
             assert facts.rtt_ms is None
             assert left.heart.ever_heard()
+            left.heart._networks[0].link.refuse(Refusal.OLD)
+            assert "refused" not in left.link().reason  # a straggler explains nothing
+            left.heart._networks[0].link.refuse(Refusal.KEY)
+            assert Refusal.KEY.value in left.link().reason
 
     run(main)
 
