@@ -277,7 +277,7 @@ class ControlServer:
         """A controller came, or the last one is gone; the peer's engine is told."""
         with self._engine.driver.lock:
             node = self._engine.node
-            node.attended = attended
+            node.commanded = node.polled = node.attended = attended
             node.was_attended = node.was_attended or attended
             self._tell_peer(b"")
 
@@ -296,6 +296,7 @@ class ControlServer:
         if len(payload) > RELAY_BYTES_MAX:
             raise RefusedError(f"relay: {len(payload)} bytes, at most {RELAY_BYTES_MAX}")
         with self._engine.driver.lock:
+            self._engine.node.polled = True
             self._tell_peer(payload)
             relayed = self._engine.node.relayed.hex()
         return {**self._state(args), "relayed": relayed}

@@ -88,6 +88,7 @@ VIRTUAL_ADDRESSES_MAX: Final = 16
 ACTIONS_MAX: Final = 3
 ACTION_WINDOW_H: Final = 24
 CONTROLLER_LOST_MS: Final = 10_000
+ATTENDED_MS: Final = 3_000  # a controller that has not polled for so long attends to nothing
 ENGINE_RESTARTS_MAX: Final = 3
 ENGINE_RESTART_WINDOW_MS: Final = 600_000
 ENGINE_PING_TIMEOUT_MS: Final = 1_000  # an engine that misses two in a row is killed

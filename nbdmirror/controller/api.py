@@ -18,7 +18,7 @@ from nbdmirror.controller.reload import plan_of
 from nbdmirror.controller.status import status_of
 from nbdmirror.controller.switches import stored
 from nbdmirror.core.cluster import policy
-from nbdmirror.core.cluster.view import OrderKind, Service
+from nbdmirror.core.cluster.view import OrderKind, Service, View
 from nbdmirror.errors import NbdMirrorError, RefusedError
 from nbdmirror.files import path_error, remove_socket, require_socket_path
 from nbdmirror.jsonlines import described, may_command, parse
@@ -203,8 +203,8 @@ class Api:
         refusal = v.engine.promote_refusal if v.engine is not None else ""
         if refusal and not force:
             raise RefusedError(f"prim: {refusal}")
-        c.orders.start()
         c.orders.give(OrderKind.PRIM, OPERATOR, force=force)
+        c.orders.start()
         return "this node becomes primary"
 
     async def _second(self, args: Arguments) -> str:
@@ -220,6 +220,7 @@ class Api:
         if args.get("force"):
             if primary:
                 raise RefusedError("second --force: this node serves; `nbdmirror stop`, or `swap`")
+            self._require_a_source(v)
             await c.discard()
             c.orders.start()
             return "this copy is blank now and is filled from the other node"
@@ -229,6 +230,20 @@ class Api:
             c.orders.swap(v.settings.peer_id, OPERATOR)
             return f"{v.settings.peer_name} takes over"
         return "this node runs, and serves only if it has to"
+
+    def _require_a_source(self, v: View) -> None:
+        """Whether the other node has what this one is to be filled with.
+
+        Raises:
+            RefusedError: nobody can say that it has.
+        """
+        state = self._conductor.peer_body.data_state if self._conductor.peer_body else ""
+        if not v.peer.heard or state not in ("uptodate", "outdated"):
+            known = f"its copy is {state or 'not known'}" if v.peer.heard else "it is not heard"
+            raise RefusedError(
+                f"second --force: {v.settings.peer_name} cannot be the source: {known}; this would "
+                "give up the only copy"
+            )
 
     async def _swap(self, _args: Arguments) -> str:
         c = self._conductor

@@ -22,7 +22,7 @@ from nbdmirror.controller.heart import Heart, boottime_ms
 from nbdmirror.controller.orders import Orders
 from nbdmirror.controller.reload import Comparison, facts_of
 from nbdmirror.controller.service import Service
-from nbdmirror.controller.supervisor import KILL_S, Supervisor
+from nbdmirror.controller.supervisor import KILL_S, Supervisor, listener_of
 from nbdmirror.controller.switches import Switches, stored
 from nbdmirror.controller.words import Words
 from nbdmirror.core.cluster import body as bodies
@@ -32,7 +32,13 @@ from nbdmirror.core.cluster.checking import CheckerFacts
 from nbdmirror.core.cluster.policy import Decision, Step
 from nbdmirror.core.cluster.view import Service as ServiceState
 from nbdmirror.core.cluster.view import Verdict, View
-from nbdmirror.errors import NbdMirrorError, PeerProtocolError, RefusedError, UnreachableError
+from nbdmirror.errors import (
+    NbdMirrorError,
+    PeerProtocolError,
+    RefusedError,
+    StaleCommandError,
+    UnreachableError,
+)
 from nbdmirror.events import EventLog
 
 LOOK_S: Final = 0.2
@@ -40,6 +46,7 @@ AGAIN_S: Final = 1.0
 FRESH_MS: Final = 1_000
 VERDICT_S: Final = 1.0
 CLEAN_AGAIN_S: Final = 10.0
+ASK_AGAIN_S: Final = 5.0
 FACTS_ID_BYTES: Final = 8
 POLLS_LOST_MAX: Final = 2
 
@@ -47,7 +54,9 @@ POLLS_LOST_MAX: Final = 2
 class Conductor:
     """One mirror on one node."""
 
-    def __init__(self, config: Config, events: EventLog, mirror_id: bytes, config_id: str) -> None:
+    def __init__(  # noqa: PLR0915 - one line per fact
+        self, config: Config, events: EventLog, mirror_id: bytes, config_id: str
+    ) -> None:
         self.config = config
         self.events = events
         self._config_id = config_id
@@ -81,6 +90,7 @@ class Conductor:
         self._died_serving = False
         self._spoken = True
         self._asked_peer = False
+        self._asked_s = 0.0
         self._promoting = False
         self._arbiter = Arbiter()
         self._verdict = Verdict.UNASKED
@@ -90,6 +100,7 @@ class Conductor:
         self._cleaned_s = 0.0
         self._said = Body()
         self._facts: tuple[object, ...] = ()
+        self._superseded = ("", "")
         self._facts_id = ""
         self.hands = asyncio.Lock()
         self._woken = asyncio.Event()
@@ -133,6 +144,7 @@ class Conductor:
         self._spoken = not self._died_serving
         self.link.close()
         self.engine_state = None
+        self._polls_lost = 0
         self.engine_reason = how
         self.events.emit("engine-ended", reason=how)
         self.wake()
@@ -191,7 +203,7 @@ class Conductor:
 
     def look_at_everything(self) -> View:
         """The view of this moment."""
-        engine = view.engine_of(self.engine_state) if self.engine_state is not None else None
+        engine = self._engine_view()
         before = self._before_down()
         v = View(
             settings=self._settings(),
@@ -229,6 +241,20 @@ class Conductor:
             self._facts, self._facts_id = facts, secrets.token_hex(FACTS_ID_BYTES)
         return self._facts_id
 
+    def _engine_view(self) -> view.Engine | None:
+        """The engine; without the memory of having been in sync, once the peer went on alone.
+
+        A heartbeat that says so may be all that this node ever hears of it, and it is enough.
+        """
+        if self.engine_state is None:
+            return None
+        engine = view.engine_of(self.engine_state)
+        moment = (engine.instance, str(self.engine_state.get("last_session", "")))
+        body = self.peer_body
+        if not engine.phase and engine.met and body is not None and body.alone:
+            self._superseded = moment
+        return replace(engine, met=False) if moment == self._superseded else engine
+
     def _clean_again(self) -> bool:
         """Whether what could not be removed is tried once more."""
         due = boottime_ms() / 1000 - self._cleaned_s > CLEAN_AGAIN_S
@@ -264,10 +290,12 @@ class Conductor:
             self.tell(self.switches.note)
         await self.heart.start()
         with contextlib.suppress(UnreachableError):
+            # Also one that hangs is adopted: else nobody would end it.
+            if pid := listener_of(self.config.control_socket):
+                self.supervisor.adopt(pid)
             state = await self.link.attach()
-            self.supervisor.adopt(int(state["pid"]))
             self.engine_state = state
-            self.tell(f"adopted the engine, process {state['pid']}")
+            self.tell(f"adopted the engine, process {pid}")
             if state.get("role") == "primary":
                 # Rule 22: what is not of this very term is taken down before anything is started.
                 self._cleaned = await self.service.adopt(term_of(state))
@@ -294,8 +322,10 @@ class Conductor:
         v = self.view
         engine = v.engine
         if engine is not None and (engine.phase or not (engine.frozen or policy.silent(v))):
-            # One question for as long as the peer has no engine: its answer would be the same.
-            self._asked_peer = self._asked_peer and v.peer.heard and not v.peer.engine
+            # Not in a loop while the peer has no engine: its answer would be the same.
+            again = boottime_ms() / 1000 - self._asked_s > ASK_AGAIN_S
+            no_engine = v.peer.heard and not v.peer.engine
+            self._asked_peer = self._asked_peer and no_engine and not again
             self._arbiter.heard()
             self._verdict = Verdict.UNASKED
         if self._verdict is Verdict.NO and boottime_ms() / 1000 - self._verdict_s > VERDICT_S:
@@ -352,7 +382,9 @@ class Conductor:
             facts_seen=v.peer.facts_id,
             swap_to=v.swap_to,
             deposed=self.switches.now.served and not policy.is_primary(v),
-            stop_both=v.stop_both,
+            # Said for as long as it waits for the other one, and no longer.
+            stop_both=v.stop_both and engine is not None,
+            alone=engine is not None and engine.right_alone,
             service=v.service.value,
             data_state=engine.data_state if engine is not None else "",
             config=self._config_id,
@@ -410,7 +442,14 @@ class Conductor:
         """
         if self.engine_state is None:
             raise UnreachableError("the engine of this node is not running")
-        return await self.link.command(name, self.engine_state, **args)
+        work = asyncio.create_task(self.link.command(name, self.engine_state, **args))
+        try:
+            # An engine that hangs over a command is found as at any other time.
+            while not (await asyncio.wait({work}, timeout=LOOK_S))[0]:
+                await self._look()
+        finally:
+            work.cancel()
+        return work.result()
 
     async def _clean(self) -> None:
         self._cleaned = True
@@ -419,12 +458,19 @@ class Conductor:
 
     async def _start_engine(self) -> None:
         async with self.hands:
-            await self.supervisor.start()
+            try:
+                await self.supervisor.start()
+            except NbdMirrorError:
+                # Whatever wakes this loop: the bound on starts is not used up in a moment.
+                await asyncio.sleep(AGAIN_S)
+                raise
 
     async def _stop_engine(self) -> None:
         stored(self.switches, served=False)
         try:
             await self.command("stop")
+        except StaleCommandError:
+            return  # its role has changed meanwhile: look again
         except NbdMirrorError as error:
             self.tell(f"the engine did not leave in order: {error}")
             self.supervisor.kill()
@@ -467,6 +513,7 @@ class Conductor:
 
     async def _ask_peer(self) -> None:
         self._asked_peer = True
+        self._asked_s = boottime_ms() / 1000
         await self.words.ask_peer()
 
     async def _speak(self) -> None:

@@ -7,7 +7,6 @@ stopped by `nbdmirror stop`. `--clean` removes what a killed controller left, fo
 
 import argparse
 import asyncio
-import contextlib
 import os
 import signal
 import sys
@@ -17,11 +16,11 @@ from typing import Final
 
 import uvloop
 
-from nbdmirror import __version__, memory
+from nbdmirror import __version__, launcher, memory
 from nbdmirror.config import Config, load
 from nbdmirror.controller import api
 from nbdmirror.controller.conductor import Conductor
-from nbdmirror.controller.engine_link import EngineLink
+from nbdmirror.controller.engine_link import PING_S, Lines
 from nbdmirror.controller.probe import Probe
 from nbdmirror.controller.reload import config_id
 from nbdmirror.controller.service import Service
@@ -92,13 +91,19 @@ async def serve(config: Config, events: EventLog) -> None:
 
 async def clean(config: Config, events: EventLog) -> None:
     """Take down what belongs to a primary, where no engine serves any more."""
-    link = EngineLink(config.control_socket, lambda _event: None)
-    with contextlib.suppress(UnreachableError):
-        state = await link.attach()
-        if state.get("role") == "primary":
-            link.close()
-            raise RefusedError("the engine of this node serves: nothing is removed under it")
-    link.close()
+    launcher.make_directory(config.me.run_dir, "run_dir")
+    # Held to the end of this process: no controller starts meanwhile, and none runs.
+    launcher.take_lock(config.me.run_dir / "launcher.lock")
+    lines = Lines(config.control_socket)
+    try:
+        state = await lines.call("state", PING_S)
+    except UnreachableError:
+        launcher.require_no_engine(config.control_socket)  # one that hangs may serve again
+        state = {}
+    finally:
+        lines.close()
+    if state.get("role") == "primary":
+        raise RefusedError("the engine of this node serves: nothing is removed under it")
     service = Service(config, lambda said: events.emit("note", reason=said), lambda: None)
     service.leave(served=False)
     await service.finished()

@@ -17,6 +17,7 @@ from nbdmirror.core.cluster.view import OrderKind, Service, View
 from nbdmirror.errors import RefusedError, StoreError
 
 SWAP_S: Final = 30.0
+PRIM_S: Final = 30.0
 FAILBACK_S: Final = 5.0
 START_FAILED: Final = "the application"
 ACTIONS: Final = {
@@ -42,6 +43,7 @@ class Orders:
         self.stop_both = False
         self.error = ""
         self._swap_until_s = 0.0
+        self._prim_until_s = 0.0
         self._waits_for = ""
         self._waits_reason = ""
         self._failback_since_s = 0.0
@@ -61,6 +63,7 @@ class Orders:
         if self.order is not None and self.order is not kind:
             raise RefusedError(f"{kind}: {self.order} is under way; wait for it, or stop the node")
         self.order, self.reason, self.force, self.error = kind, reason, force, ""
+        self._prim_until_s = monotonic() + PRIM_S
 
     def swap(self, to: int, reason: str) -> None:
         """Exchange the roles: this node steps back, or lets the peer know that it wants the role.
@@ -125,8 +128,8 @@ class Orders:
             self.order = None
         if self.order in policy.HANDS_OVER and engine is not None and not primary:
             self.order = None
-        if self.order is OrderKind.PRIM and primary:
-            self.order = None
+        if self.order is OrderKind.PRIM:
+            self._settle_prim(v, primary=primary)
         if v.service is Service.LEAVING:
             # However long the application takes to stop.
             self._swap_until_s = max(self._swap_until_s, monotonic() + SWAP_S)
@@ -138,6 +141,15 @@ class Orders:
             self.stop(f"stopped together with {v.settings.peer_name}")
         self._asked_by_peer(v, primary=primary)
         self._failback(v, primary=primary)
+
+    def _settle_prim(self, v: View, *, primary: bool) -> None:
+        """An order to serve is for now. It never lies in wait until the peer serves no more."""
+        if primary:
+            self.clear()
+        elif policy.peer_serves(v) or monotonic() > self._prim_until_s:
+            why = f"{v.settings.peer_name} serves" if policy.peer_serves(v) else "it took too long"
+            self.clear()
+            self.error = f"prim was given up: {why}; look again"
 
     def _swapped(self, v: View, *, primary: bool) -> bool:
         mine = self.swap_to == v.settings.node_id

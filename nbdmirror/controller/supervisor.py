@@ -26,6 +26,7 @@ from nbdmirror import launcher
 from nbdmirror.config import Config
 from nbdmirror.errors import RefusedError, UnreachableError
 from nbdmirror.files import require_socket_path
+from nbdmirror.jsonlines import PEERCRED
 from nbdmirror.limits import ENGINE_RESTART_WINDOW_MS, ENGINE_RESTARTS_MAX, MIB
 
 START_S: Final = 20.0
@@ -144,7 +145,6 @@ class Supervisor:
             NbdMirrorError: it did not come up; the text has the end of its log.
         """
         assert not self.alive, "one at a time"
-        self._starts.append(monotonic())
         if not self._sockets:
             launcher.require_no_engine(self._config.control_socket)
             self._sockets = launcher.listening_sockets(self._config)
@@ -157,6 +157,7 @@ class Supervisor:
             raise UnreachableError(f"{command[0]}: cannot be started: {error}") from error
         finally:
             os.close(log)
+        self._starts.append(monotonic())
         try:
             self._watch(pid)
         except OSError as error:
@@ -271,6 +272,19 @@ def sockets_of(pidfd: int, export: str) -> "list[socket.socket]":
             each.close()
         return []
     return found
+
+
+def listener_of(path: Path) -> int:
+    """The process that listens at a Unix socket, by the kernel's word; 0 if nobody does."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+            credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEERCRED.size)
+        except OSError:
+            return 0
+    pid, _, _ = PEERCRED.unpack(credentials)
+    return int(pid)
 
 
 def duplicate(pidfd: int, number: int) -> "socket.socket | None":

@@ -125,6 +125,8 @@ class Node(Durable):
         # What it had not flushed may show in its page cache and not be on its disk (rule 5).
         self.peer_failed = False
         # Whether a controller commands this engine, and what its peer's last said to it.
+        self.commanded = False
+        self.polled = False
         self.attended = False
         self.was_attended = False
         # The session after which this node has answered, by way of the controllers, that it stays.

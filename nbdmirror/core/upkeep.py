@@ -5,6 +5,7 @@ at once; what takes time is spawned. No clock decides about writes: a deadline o
 """
 
 from nbdmirror.core.io import background_flush
+from nbdmirror.core.messages import Relay
 from nbdmirror.core.node import Node, Role
 from nbdmirror.core.ports import Path
 from nbdmirror.core.ranges import Hold
@@ -12,7 +13,7 @@ from nbdmirror.core.roles import hand_over, step_back
 from nbdmirror.core.session import EMPTY, Phase, Session
 from nbdmirror.core.wire import FrameType
 from nbdmirror.errors import NbdMirrorError
-from nbdmirror.limits import CONTROLLER_LOST_MS, KEEPALIVE_MS, SILENCE_MS
+from nbdmirror.limits import ATTENDED_MS, CONTROLLER_LOST_MS, KEEPALIVE_MS, SILENCE_MS
 
 FLUSH_DEADLINE_FACTOR = 5
 LOCAL_IO_FACTOR = 5
@@ -46,6 +47,7 @@ class Upkeep:
         self.read_mark: tuple[Hold | None, int] = (None, 0)
         self.progress_mark = (0, 0)
         self.attended_ms = 0
+        self.polled_ms = 0
 
     def tick(self, now_ms: int) -> None:
         """Do what is due at `now_ms`."""
@@ -64,6 +66,7 @@ class Upkeep:
         self.ask(now_ms)
         self.local_io(now_ms)
         self.failure(now_ms)
+        self.attend(now_ms)
         self.unattended(now_ms)
         self.progress(now_ms)
         if now_ms - self.tidy_ms >= TIDY_MS and not self.tidying:
@@ -99,6 +102,7 @@ class Upkeep:
         self.heard_ms += gap_ms
         self.frozen_ms += gap_ms
         self.attended_ms += gap_ms
+        self.polled_ms += gap_ms
         self.echo_sent_ms = 0
 
     def deadlines(self, session: Session, now_ms: int) -> None:
@@ -203,6 +207,21 @@ class Upkeep:
         synced = session is not None and session.sending and session.phase is Phase.SYNCED
         if node.role is Role.PRIMARY and synced and not node.changing:
             node.shell.spawn("step-back", step_back(node))
+
+    def attend(self, now_ms: int) -> None:
+        """A controller that is connected and does not poll any more is none; the peer is told."""
+        node = self.node
+        if node.polled:
+            node.polled = False
+            self.polled_ms = now_ms
+        attended = node.commanded and now_ms - self.polled_ms <= ATTENDED_MS
+        if attended is node.attended:
+            return
+        node.attended = attended
+        session = node.session
+        if session is not None:
+            session.tell(Relay(attended=attended, payload=b""))
+            node.shell.spawn("attended", kick(session))
 
     def unattended(self, now_ms: int) -> None:
         """A primary that lost its controller hands over to a peer that has one.

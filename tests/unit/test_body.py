@@ -43,8 +43,10 @@ BODIES: Final = st.builds(
     was_primary=st.booleans(), held_back=st.booleans(), candidate=NODES, facts_id=BRIEF,
     facts_seen=BRIEF, swap_to=NODES, deposed=st.booleans(), stop_both=st.booleans(),
     service=SERVICES, data_state=STATES, config=IDS,
-    piece=st.none() | st.builds(Piece, index=st.integers(0, PIECES_MAX - 1),
-        count=st.integers(1, PIECES_MAX), text=st.text("abc= é\"", max_size=PIECE_CHARS)),
+    alone=st.booleans(),
+    piece=st.none() | st.integers(1, PIECES_MAX).flatmap(lambda count: st.builds(
+        Piece, index=st.integers(0, count - 1), count=st.just(count),
+        text=st.text("abc= é\"", max_size=PIECE_CHARS))),
     ask=st.none() | st.builds(Ask, id=IDS, generation=IDS),
     answer=st.none() | st.builds(Answer, id=IDS, stay=st.booleans(), session=IDS, reason=TEXTS),
     word=st.none() | st.builds(Word, id=IDS, generation=IDS, session=IDS),

@@ -6,9 +6,9 @@ saying them twice is the same as once. Must never carry a secret, or trust a fie
 """
 
 import json
-from typing import Annotated, Final
+from typing import Annotated, Final, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nbdmirror.core.cluster.heartbeat import BODY_BYTES_MAX
 from nbdmirror.core.cluster.view import Peer
@@ -66,6 +66,12 @@ class Piece(_Part):
     count: Annotated[int, Field(ge=1, le=PIECES_MAX)]
     text: Annotated[str, Field(max_length=PIECE_CHARS)]
 
+    @model_validator(mode="after")
+    def _is_one_of_them(self) -> Self:
+        if self.index >= self.count:
+            raise ValueError("index is not below count")
+        return self
+
 
 class _Versioned(_Part):
     """What every version of a body has."""
@@ -96,6 +102,7 @@ class Body(_Part):
     swap_to: _Node = 0
     deposed: bool = False
     stop_both: bool = False
+    alone: bool = False
     service: _Short = "down"
     data_state: _Short = ""
     config: _Id = ""
