@@ -304,7 +304,7 @@ def _tell_made(made: Made, plan: Plan, *, as_json: bool) -> None:
 def _tell_what_follows(warnings: Sequence[str], steps: Sequence[str]) -> None:
     for warning in warnings:
         click.echo(printable(f"Note: {warning}"))
-    click.echo("Next, on this server:")
+    click.echo("Next, on this server (nbdmirrord stays in the foreground, or is a unit):")
     for step in steps:
         click.echo(f"    {step}")
 
@@ -326,7 +326,11 @@ def _facts(event: str, made: Made) -> dict[str, Any]:
 def _next_steps(config: Config) -> list[str]:
     source = Source(config.source, config.me.name)
     words = source.words if _found_by_host(config) else f"{source.words} --node {config.me.name}"
-    return [f"nbdmirror config check {words}", f"nbdmirrord {words}"]
+    return [
+        f"nbdmirror config check {words}",
+        f"nbdmirrord {words}",
+        f"nbdmirror start {words}",
+    ]
 
 
 def _found_by_host(config: Config) -> bool:

@@ -105,6 +105,8 @@ def _source(wanted: Wanted) -> Source | None:
     try:
         source = wanted.source()
     except ConfigError:
+        if wanted.named:
+            raise
         return None
     if wanted.named and not source.path.exists():
         raise ConfigError(f"{source.path}: cannot be read: there is no such file")

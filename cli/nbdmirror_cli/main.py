@@ -33,19 +33,20 @@ def nbdmirror() -> None:
     """Run a synchronous two-node mirror of one block device, served over NBD.
 
     \b
-    To begin, on the node that has (or will have) the data, then on the other one:
-      nbdmirror config check -m demo
-      nbdmirror metadata create -m demo --size 10GiB
-      nbdmirror metadata create -m demo --size 10GiB --join     (on the other node)
-      nbdmirror engine run -m demo                              (on both)
-      nbdmirror engine promote -m demo                          (on one)
+    To begin:
+      nbdmirror create demo            on the server that has the data; prints a token and waits
+      nbdmirror join -                 on the other server; asks for the token
+      nbdmirrord -m demo               the controller, on both; in the foreground, or as a unit
+      nbdmirror start -m demo          on both: the node runs, also after a reboot
+      nbdmirror status -m demo         what this node is, and whether it is ready
 
     \b
-    Where a controller runs (nbdmirrord), it does that and more; `engine` is then for emergencies:
-      nbdmirror status -m demo         what this node is, and whether it is ready
-      nbdmirror explain -m demo        why, and what to type
+    Then:
+      nbdmirror explain -m demo        why it is what it is, and what to type
       nbdmirror swap -m demo           exchange the roles
       nbdmirror doctor                 what this machine lacks
+
+    `metadata` and `engine` are the way by hand, without a controller, and for emergencies.
 
     Every command finds its mirror by -m NAME (/etc/nbdmirror/NAME.toml) or -c FILE; without
     either, the only file in /etc/nbdmirror is taken.

@@ -18,6 +18,7 @@ from nbdmirror.errors import ConfigError
 CONFIG_DIRECTORY: Final = Path("/etc/nbdmirror")
 CONFIG_VARIABLE: Final = "NBDMIRROR_CONFIG"
 NODE_VARIABLE: Final = "NBDMIRROR_NODE"
+FIRST_STEP: Final = "`nbdmirror create NAME` makes a mirror, `nbdmirror join -` its second node"
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -107,8 +108,11 @@ def _mirror_options(command: _Command, name: str, made: Callable[[Wanted], objec
 
 def _mirrors(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:
     """For completion: the mirrors of this server."""
-    names = sorted(each.stem for each in CONFIG_DIRECTORY.glob("*.toml"))
-    return [each for each in names if each.startswith(begun)]
+    return [each for each in _names() if each.startswith(begun)]
+
+
+def _names() -> list[str]:
+    return sorted(each.stem for each in CONFIG_DIRECTORY.glob("*.toml"))
 
 
 def find_config(path: Path | None, mirror: str | None) -> Path:
@@ -116,18 +120,32 @@ def find_config(path: Path | None, mirror: str | None) -> Path:
     if mirror is not None:
         if "/" in mirror or mirror.startswith("."):
             raise click.UsageError(f"-m {mirror}: a name is expected; a file is named with -c")
-        return CONFIG_DIRECTORY / f"{mirror}.toml"
+        return _existing(mirror)
     if path is not None:
         return path
     found = sorted(CONFIG_DIRECTORY.glob("*.toml"))
     if len(found) == 1:
         return found[0]
-    names = ", ".join(each.stem for each in found)
+    if found:
+        raise ConfigError(f"which mirror? Name it with -m: {', '.join(_names())}")
     raise ConfigError(
-        f"which mirror? Name it with -m: {names}"
-        if found
-        else f"there is no configuration in {CONFIG_DIRECTORY}; name the file with -c"
+        f"there is no configuration in {CONFIG_DIRECTORY}: {FIRST_STEP}; a file elsewhere is named "
+        "with -c"
     )
+
+
+def _existing(mirror: str) -> Path:
+    """The file of a mirror; one that may not be looked at is told of when it is read."""
+    path = CONFIG_DIRECTORY / f"{mirror}.toml"
+    try:
+        path.stat()
+    except FileNotFoundError:
+        names = _names()
+        known = f"here are: {', '.join(names)}" if names else f"here is none: {FIRST_STEP}"
+        raise ConfigError(f"there is no mirror {mirror} ({path}); {known}") from None
+    except OSError:
+        pass
+    return path
 
 
 json_option = click.option(

@@ -386,10 +386,25 @@ def test_the_only_mirror_needs_no_name(base: Path, monkeypatch: pytest.MonkeyPat
     """If this fails, every command needs a name, or one of two mirrors is chosen by chance."""
     monkeypatch.setattr(options, "CONFIG_DIRECTORY", base)
     assert options.find_config(None, None) == base / "demo.toml"
-    assert options.find_config(None, "other") == base / "other.toml"
+    assert options.find_config(None, "demo") == base / "demo.toml"
     assert options.find_config(base / "x", None) == base / "x"
     (base / "second.toml").touch()
     with pytest.raises(errors.ConfigError, match="demo, second"):
         options.find_config(None, None)
     with pytest.raises(click.UsageError):
         options.find_config(None, "../demo")
+
+
+def test_a_mirror_that_is_not_there_leads_to_those_that_are(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If this fails, a typing error is told as an error of the file system, and on a new server
+    nobody says how to begin.
+    """
+    monkeypatch.setattr(options, "CONFIG_DIRECTORY", base)
+    with pytest.raises(errors.ConfigError, match=r"no mirror nope .*; here are: demo"):
+        options.find_config(None, "nope")
+    monkeypatch.setattr(options, "CONFIG_DIRECTORY", base / "none")
+    for name in ("nope", None):
+        with pytest.raises(errors.ConfigError, match="nbdmirror create NAME"):
+            options.find_config(None, name)

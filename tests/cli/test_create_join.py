@@ -24,6 +24,7 @@ from nbdmirror.errors import (
     RefusedError,
     SessionLostError,
 )
+from nbdmirror_cli import options
 from nbdmirror_cli.create import interruptible
 from nbdmirror_cli.main import nbdmirror, run
 
@@ -129,6 +130,7 @@ def test_a_mirror_on_two_servers_with_one_token(servers: Servers) -> None:
     """Breaks in the field: the way that the first page shows does not lead to a mirror."""
     with Waiting(servers.create("--sparse", "--mount-point", "/srv/demo")) as first:
         made, token = first.line(), first.line()
+        assert [each.split()[:2] for each in made["next"]][-1] == ["nbdmirror", "start"]
         assert (made["event"], made["node"], made["size_bytes"]) == ("made", "alpha", 8 << 20)
         assert (token["event"], token["peer"]) == ("token", "beta")
         assert TOKEN.fullmatch(token["token"])
@@ -437,8 +439,12 @@ def parsed(line: str) -> click.Context:
 
 
 @pytest.mark.parametrize("line", typed())
-def test_the_page_shows_commands_that_exist(line: str) -> None:
+def test_the_page_shows_commands_that_exist(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Breaks in the field: an operator types what the page says and gets a usage error."""
+    (tmp_path / "demo.toml").touch()
+    monkeypatch.setattr(options, "CONFIG_DIRECTORY", tmp_path)
     assert parsed(line).params
     with pytest.raises(click.UsageError):
         parsed(f"{line} --colour")

@@ -128,8 +128,8 @@ def test_a_wrong_configuration_is_a_finding(shell: Shell) -> None:
     assert len(checks) == len(MACHINE) + 1
     assert (checks[-1]["name"], checks[-1]["state"]) == ("configuration", FAIL)
     assert "colour: unknown key" in checks[-1]["what"]
-    missing = ["doctor", "-c", str(shell.base / "missing.toml")]
-    assert run(missing) == errors.ConfigError.exit_code
+    for missing in (["-c", str(shell.base / "missing.toml")], ["-m", "nope"]):
+        assert run(["doctor", *missing]) == errors.ConfigError.exit_code
 
 
 @pytest.mark.slow
