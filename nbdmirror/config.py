@@ -181,6 +181,20 @@ def load(path: Path, node: str | None = None, *, with_key: bool = True) -> Confi
     return _build(path, parsed, name, key)
 
 
+def running_controller(path: Path, node: str | None = None) -> Path | None:
+    """Where the controller of a mirror listens whose file has mistakes by now; None if nowhere.
+
+    It runs with what it read before, and an operator has to reach it all the same.
+    """
+    try:
+        raw = _read_toml(path)
+    except ConfigError:
+        raw = {}
+    raw.setdefault("mirror", path.stem)
+    socket_path = _files_of(raw, _my_name(raw, node, []))["controller.sock in run_dir"]
+    return socket_path if socket_path.is_socket() else None
+
+
 def _build(path: Path, parsed: ConfigFile, name: str, key: bytes) -> Config:
     nodes = {each: _node(parsed, each) for each in parsed.node}
     me = nodes.pop(name)

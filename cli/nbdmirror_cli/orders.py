@@ -12,8 +12,9 @@ from typing import Any, Final, TypeVar
 
 import click
 
+from nbdmirror.config import running_controller
 from nbdmirror.control_client import ControlClient, Listener
-from nbdmirror.errors import NbdMirrorError, RefusedError
+from nbdmirror.errors import ConfigError, NbdMirrorError, RefusedError
 from nbdmirror.limits import COMMAND_TIMEOUT_MS, CONTROL_ANSWER_TIMEOUT_MS
 from nbdmirror_cli.engine import _confirm as confirm
 from nbdmirror_cli.options import Source, config_options, json_option, print_json
@@ -34,10 +35,22 @@ yes_option = click.option("--yes", is_flag=True, help="Do not ask; for scripts."
 
 
 def controller(source: Source, timeout_s: float = ANSWER_TIMEOUT_S) -> ControlClient:
-    """A client of this node's controller. Raises ConfigError."""
-    config = source.load(with_key=False)
+    """A client of this node's controller; also of one whose file has mistakes by now.
+
+    Raises:
+        ConfigError: it has mistakes, and no controller runs.
+    """
     listener = Listener("controller", f"nbdmirrord {source.words}")
-    return ControlClient(config.controller_socket, timeout_s, listener)
+    try:
+        path = source.load(with_key=False).controller_socket
+    except ConfigError as error:
+        running = running_controller(source.path, source.node)
+        if running is None:
+            raise
+        click.echo(printable(f"warning: {error}\nThe controller runs with what it read before."),
+                   err=True)  # fmt: skip
+        path = running
+    return ControlClient(path, timeout_s, listener)
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,7 @@ class Conductor:
         self.config = config
         self.events = events
         self._config_id = config_id
-        self.comparison = Comparison(facts_of(config))
+        self.comparison = Comparison(facts_of(config), config.key)
         self.switches = Switches(config.switches_file)
         self.orders = Orders(config, self.switches, self.tell)
         self.service = Service(config, self.tell, self.wake)
@@ -540,7 +540,7 @@ class Conductor:
     def reconfigure(self, config: Config, identity: str) -> None:
         """Use another configuration from now on, as far as it can take effect online."""
         old, self.config, self._config_id = self.config, config, identity
-        self.comparison = Comparison(facts_of(config))
+        self.comparison = Comparison(facts_of(config), config.key)
         self.orders.reconfigure(config)
         self.service.application.reconfigure(config.application)
         if old.checkers != config.checkers:

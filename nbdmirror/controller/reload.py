@@ -25,6 +25,8 @@ ONLINE: Final = frozenset({"takeover", "preferred", "ping", "application", "chec
 ONLINE_KEYS: Final = frozenset({"controller.actions_max", "controller.actions_window_h"})
 FIXED: Final = frozenset({"mirror", "key_file", "arbiter", "me", "peer", "device"})
 CONFIG_ID_CHARS: Final = 16
+DIGEST_CONTEXT: Final = "nbdmirror configuration 1"
+COMMANDS: Final = frozenset({"application", "checkers"})
 DIFFERENCE_CHARS_MAX: Final = 400
 
 
@@ -83,10 +85,21 @@ def config_id(config: Config) -> str:
 
 
 class Comparison:
-    """The configurations of two nodes, carried over by heartbeats, a piece in each."""
+    """The configurations of two nodes, carried over by heartbeats, a piece in each.
 
-    def __init__(self, facts: dict[str, str]) -> None:
-        self._facts = facts
+    Heartbeats are not encrypted, and a command may hold a password: of those only a keyed digest
+    is said, so that two can be found to differ and not be read.
+    """
+
+    def __init__(self, facts: dict[str, str], key: bytes) -> None:
+        secret = blake3(key, derive_key_context=DIGEST_CONTEXT).digest()
+        self._facts = {
+            name: blake3(value.encode(), key=secret).hexdigest()[:CONFIG_ID_CHARS]
+            if name.partition(".")[0] in COMMANDS
+            else value
+            for name, value in facts.items()
+        }
+        facts = self._facts
         text = json.dumps(facts, sort_keys=True)
         size = PIECE_CHARS
         self._pieces = [text[at : at + size] for at in range(0, len(text), size)][:PIECES_MAX]
@@ -123,11 +136,14 @@ class Comparison:
             return []
         keys = sorted({*self._facts, *map(str, theirs)})
         return [
-            printable(f"{key}: here {self._facts.get(key, 'not set')}, there "
-                      f"{theirs.get(key, 'not set')}")[:DIFFERENCE_CHARS_MAX]
-            for key in keys
-            if self._facts.get(key) != theirs.get(key)
-        ]  # fmt: skip
+            self._difference(key, theirs) for key in keys if self._facts.get(key) != theirs.get(key)
+        ]
+
+    def _difference(self, key: str, theirs: dict[str, Any]) -> str:
+        if key.partition(".")[0] in COMMANDS:
+            return f"{key}: is another one there"
+        here, there = self._facts.get(key, "not set"), theirs.get(key, "not set")
+        return printable(f"{key}: here {here}, there {there}")[:DIFFERENCE_CHARS_MAX]
 
 
 def plan_of(conductor: "Conductor", *, dry_run: bool) -> dict[str, Any]:

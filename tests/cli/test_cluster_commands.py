@@ -426,3 +426,25 @@ def test_completion_is_a_script_that_works(
         timeout=BOUND_S,
     )  # fmt: skip
     assert done.stdout.split() == ["plain,start", "plain,status"]
+
+
+# --- a file that has mistakes by now ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mistake", ['colour = "red"\n', "this is no TOML"])
+def test_a_mistake_in_the_file_does_not_take_the_controller_away(
+    shell: Shell, controller: FakeController, base: Path, mistake: str
+) -> None:
+    """Breaks in the field: a typing error in the file, and nobody can stop or swap any more a node
+    that runs well with what it read before.
+    """
+    path = base / "demo.toml"
+    text = path.read_text()
+    path.write_text(f"{mistake}\n{text}" if "=" in mistake else f"{text}\n{mistake}")
+    code = shell("swap", "--no-wait")
+    if "=" in mistake:
+        assert code == 0, shell.err
+        assert "colour: unknown key" in shell.err
+        assert controller.orders == [("swap", {})]
+    else:  # where its directories are is in the file alone
+        assert code == errors.ConfigError.exit_code
