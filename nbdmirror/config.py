@@ -17,7 +17,6 @@ import stat
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import combinations
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,9 +37,9 @@ from nbdmirror.config_fields import (
     Address,
     format_size,
     parse_address,
-    parse_path,
     parse_size,
 )
+from nbdmirror.config_files import file_problems, files_of, lookup, path_at, socket_problems
 from nbdmirror.config_schema import (
     ARBITER_CHOICE,
     KEYS,
@@ -54,14 +53,13 @@ from nbdmirror.core.messages import printable
 from nbdmirror.core.superblock import ArbiterKind
 from nbdmirror.errors import ConfigError, RefusedError, StoreError
 from nbdmirror.files import open_regular
-from nbdmirror.limits import KEY_BYTES_MAX, KEY_BYTES_MIN, MIB, SOCKET_PATH_BYTES_MAX
+from nbdmirror.limits import KEY_BYTES_MAX, KEY_BYTES_MIN, MIB
 
 __all__ = ["KEYS", "Address", "Config", "Node", "format_size", "load", "parse_size"]
 
 CONFIG_BYTES_MAX: Final = 1 * MIB
 KEY_MODES: Final = (0o600, 0o400)
 SHOWN_CHARS_MAX: Final = 200
-SOCKETS: Final = ("engine.sock in run_dir", "controller.sock in run_dir", "export.unix")
 _BARE_KEY: Final = re.compile(r"[A-Za-z0-9_.-]+")
 # pydantic's findings in the words of the file; others have texts of their own.
 _WORDS: Final = {
@@ -163,11 +161,11 @@ def load(path: Path, node: str | None = None, *, with_key: bool = True) -> Confi
     problems += _cross_problems(raw)
     problems += cluster_problems(raw)
     name = _my_name(raw, node, problems)
-    problems += _file_problems(raw, path)
+    problems += file_problems(raw, path)
     if with_key:
-        problems += _socket_problems(raw, name)
+        problems += socket_problems(raw, name)
     key = b""
-    key_file = _path_at(raw, "key_file")
+    key_file = path_at(raw, "key_file")
     if with_key and key_file is not None:
         try:
             key = _read_key(key_file)
@@ -191,7 +189,7 @@ def running_controller(path: Path, node: str | None = None) -> Path | None:
     except ConfigError:
         raw = {}
     raw.setdefault("mirror", path.stem)
-    socket_path = _files_of(raw, _my_name(raw, node, []))["controller.sock in run_dir"]
+    socket_path = files_of(raw, _my_name(raw, node, []))["controller.sock in run_dir"]
     return socket_path if socket_path.is_socket() else None
 
 
@@ -304,16 +302,6 @@ def _dotted(steps: Iterable[object]) -> str:
     return ".".join(step if _BARE_KEY.fullmatch(step) else _toml(step) for step in map(str, steps))
 
 
-def _lookup(raw: Any, location: tuple[str | int, ...]) -> object:
-    for step in location:
-        if isinstance(raw, list):
-            raw = dict(enumerate(raw))
-        if not isinstance(raw, dict) or step not in raw:
-            return None
-        raw = raw[step]
-    return raw
-
-
 def _generic(location: tuple[str | int, ...]) -> str:
     """The name in KEYS of what was found at a place of the file."""
     if location[0] == "node" and len(location) > 1:
@@ -345,8 +333,10 @@ def _problem(error: dict[str, Any], raw: dict[str, Any]) -> str:
         expected = info.expected if info else "exactly two tables [node.<name>]"
         return f"{shown}: is not set; expected {expected}"
     why = _WORDS.get(error["type"]) or str(error["msg"]).removeprefix("Value error, ")
-    value = f"{shown} = {_toml(_lookup(raw, location))}"
+    value = f"{shown} = {_toml(lookup(raw, location))}"
     if info is None:
+        if error["type"] == "value_error":  # the model's own sentence says what is expected
+            return f"{shown}: {why}"
         return f"{value}: {why}; expected a table [{shown}]"
     return f"{value}: {why}; expected {info.expected}"
 
@@ -406,7 +396,7 @@ def _cross_problems(raw: dict[str, Any]) -> list[str]:
     tcp = _port(raw, "export", "tcp")
     nodes = raw.get("node")
     problems += [
-        f"export.tcp = {_toml(_lookup(raw, ('export', 'tcp')))}: the port is that of "
+        f"export.tcp = {_toml(lookup(raw, ('export', 'tcp')))}: the port is that of "
         f"node.{_dotted([name])}.address; expected another port"
         for name in (nodes if isinstance(nodes, dict) else ())
         if tcp and tcp == _port(raw, "node", name, "address")
@@ -415,7 +405,7 @@ def _cross_problems(raw: dict[str, Any]) -> list[str]:
 
 
 def _engine_ms(raw: dict[str, Any], key: str) -> int:
-    value = _lookup(raw, ("engine", key))
+    value = lookup(raw, ("engine", key))
     default = EngineSection.model_fields[key].default
     assert isinstance(default, int), key
     return value if isinstance(value, int) else default
@@ -424,101 +414,9 @@ def _engine_ms(raw: dict[str, Any], key: str) -> int:
 def _port(raw: dict[str, Any], *location: str) -> int:
     """The port of the address at `location`, 0 if there is no right one."""
     try:
-        return parse_address(_lookup(raw, location)).port
+        return parse_address(lookup(raw, location)).port
     except ValueError:
         return 0
-
-
-def _file_problems(raw: dict[str, Any], source: Path) -> list[str]:
-    """Files of one node that would replace each other.
-
-    Sockets are the reason: what has a socket's name is removed before the socket is made, be it
-    the key or all of the data.
-    """
-    nodes = raw.get("node")
-    problems: dict[str, None] = {}  # in order, each once: both nodes may have the same paths
-    for name in nodes if isinstance(nodes, dict) else ():
-        files = {"this file": source.absolute(), **_files_of(raw, name)}
-        for (first, one), (second, other) in combinations(files.items(), 2):
-            problems.update(dict.fromkeys(_collision(first, one, second, other)))
-        data_dir = files["data"].parent
-        if _lookup(raw, ("export", "unix")) and data_dir in files["export.unix"].parents:
-            problems[
-                f'export.unix = "{files["export.unix"]}": lies in the data_dir "{data_dir}", which '
-                "is for `data` and `meta` alone; expected a path outside of it, best in run_dir"
-            ] = None
-        for what in SOCKETS:
-            length = len(os.fsencode(files[what]))
-            if length > SOCKET_PATH_BYTES_MAX:
-                problems[
-                    f'{what} is "{files[what]}": {length} bytes, and the system takes no names of '
-                    f"more than {SOCKET_PATH_BYTES_MAX} for sockets; expected a shorter run_dir"
-                ] = None
-    return list(problems)
-
-
-def _collision(first: str, one: Path, second: str, other: Path) -> list[str]:
-    """What is wrong with these two files of a node, one line or none."""
-    # Through symbolic links as they are on this node; of what is missing only `..` is resolved.
-    real, real_other = (Path(os.path.realpath(each)) for each in (one, other))
-    if real == real_other:
-        return [f'{second} is "{other}": that is {first}, too; expected a path of its own']
-    if real in real_other.parents:
-        return [f'{second} is "{other}": lies beneath {first} ("{one}"), which is a file']
-    if real_other in real.parents:
-        return [f'{second} is "{other}": {first} ("{one}") lies beneath it; expected another path']
-    return []
-
-
-def _files_of(raw: dict[str, Any], node: str) -> dict[str, Path]:
-    """Every file and socket that a node makes or reads, under the name an operator knows it by.
-
-    Defaults stand in for values that are wrong on their own: those are told by the model.
-    """
-    mirror = raw.get("mirror")
-    directories = {}
-    for key, default in (("data_dir", "/var/lib/nbdmirror"), ("run_dir", "/run/nbdmirror")):
-        given = _path_at(raw, "node", node, key) or _path_at(raw, "paths", key)
-        directories[key] = given or Path(default, mirror if isinstance(mirror, str) else "")
-    run_dir = directories["run_dir"]
-    key_file = _path_at(raw, "key_file")
-    return {
-        **({"key_file": key_file} if key_file else {}),
-        "data": directories["data_dir"] / "data",
-        "meta": directories["data_dir"] / "meta",
-        "launcher.lock in run_dir": run_dir / "launcher.lock",
-        "controller.json in data_dir": directories["data_dir"] / "controller.json",
-        "engine.sock in run_dir": run_dir / "engine.sock",
-        "controller.sock in run_dir": run_dir / "controller.sock",
-        "export.unix": _path_at(raw, "export", "unix") or run_dir / "nbd.sock",
-    }
-
-
-def _path_at(raw: dict[str, Any], *location: str) -> Path | None:
-    """The path at `location`, None if there is no right one."""
-    try:
-        return parse_path(_lookup(raw, location))
-    except ValueError:
-        return None
-
-
-def _socket_problems(raw: dict[str, Any], node: str) -> list[str]:
-    """What stands where this node makes its sockets and would be removed for it."""
-    if not node:
-        return []
-    problems = []
-    files = _files_of(raw, node)
-    for what in SOCKETS:
-        try:
-            mode = files[what].lstat().st_mode
-        except OSError:
-            continue  # nothing there, or not to be seen: then it cannot be replaced either
-        if not stat.S_ISSOCK(mode):
-            problems.append(
-                f'{what} is "{files[what]}": something that is no socket has that name, and would '
-                "be removed; move it away, or name another path"
-            )
-    return problems
 
 
 def _my_name(raw: dict[str, Any], node: str | None, problems: list[str]) -> str:

@@ -47,6 +47,7 @@ CLI_MAY_IMPORT = (
     "nbdmirror.admin",
     "nbdmirror.config",
     "nbdmirror.control_client",
+    "nbdmirror.controller.traces",
     "nbdmirror.core",
     "nbdmirror.creation",
     "nbdmirror.errors",

@@ -14,12 +14,12 @@ from dataclasses import replace
 from typing import Any, Final
 
 from nbdmirror.config import Config
-from nbdmirror.controller.arbiter import Arbiter
 from nbdmirror.controller.checkers import Checkers
 from nbdmirror.controller.dialogs import Dialogs
 from nbdmirror.controller.engine_link import EngineLink
 from nbdmirror.controller.heart import Heart, boottime_ms
 from nbdmirror.controller.orders import Orders
+from nbdmirror.controller.questions import Questions
 from nbdmirror.controller.reload import Comparison, facts_of
 from nbdmirror.controller.service import Service
 from nbdmirror.controller.supervisor import KILL_S, Supervisor, listener_of
@@ -30,8 +30,9 @@ from nbdmirror.core.cluster import policy, standing, view
 from nbdmirror.core.cluster.body import Body
 from nbdmirror.core.cluster.checking import CheckerFacts
 from nbdmirror.core.cluster.policy import Decision, Step
+from nbdmirror.core.cluster.saying import said_of
 from nbdmirror.core.cluster.view import Service as ServiceState
-from nbdmirror.core.cluster.view import Verdict, View
+from nbdmirror.core.cluster.view import View
 from nbdmirror.errors import (
     NbdMirrorError,
     PeerProtocolError,
@@ -44,9 +45,7 @@ from nbdmirror.events import EventLog
 LOOK_S: Final = 0.2
 AGAIN_S: Final = 1.0
 FRESH_MS: Final = 1_000
-VERDICT_S: Final = 1.0
 CLEAN_AGAIN_S: Final = 10.0
-ASK_AGAIN_S: Final = 5.0
 FACTS_ID_BYTES: Final = 8
 POLLS_LOST_MAX: Final = 2
 
@@ -54,9 +53,7 @@ POLLS_LOST_MAX: Final = 2
 class Conductor:
     """One mirror on one node."""
 
-    def __init__(  # noqa: PLR0915 - one line per fact
-        self, config: Config, events: EventLog, mirror_id: bytes, config_id: str
-    ) -> None:
+    def __init__(self, config: Config, events: EventLog, mirror_id: bytes, config_id: str) -> None:
         self.config = config
         self.events = events
         self._config_id = config_id
@@ -89,13 +86,8 @@ class Conductor:
         self._polls_lost = 0
         self._died_serving = False
         self._spoken = True
-        self._asked_peer = False
-        self._asked_s = 0.0
+        self.questions = Questions()
         self._promoting = False
-        self._arbiter = Arbiter()
-        self._verdict = Verdict.UNASKED
-        self.verdict_reason = ""
-        self._verdict_s = 0.0
         self._cleaned = False
         self._cleaned_s = 0.0
         self._said = Body()
@@ -219,9 +211,9 @@ class Conductor:
             service_reason=self.service.reason,
             leftovers=not self._cleaned or self._clean_again(),
             before_down=before,
-            verdict=self._verdict,
-            verdict_reason=self.verdict_reason,
-            asked_peer=self._asked_peer,
+            verdict=self.questions.verdict,
+            verdict_reason=self.questions.reason,
+            asked_peer=self.questions.asked_peer,
             held_back=self._held_back(before),
             order=self.orders.order,
             order_from=self.orders.reason,
@@ -321,15 +313,7 @@ class Conductor:
         """What was asked or ordered and is over by now."""
         v = self.view
         engine = v.engine
-        if engine is not None and (engine.phase or not (engine.frozen or policy.silent(v))):
-            # Not in a loop while the peer has no engine: its answer would be the same.
-            again = boottime_ms() / 1000 - self._asked_s > ASK_AGAIN_S
-            no_engine = v.peer.heard and not v.peer.engine
-            self._asked_peer = self._asked_peer and no_engine and not again
-            self._arbiter.heard()
-            self._verdict = Verdict.UNASKED
-        if self._verdict is Verdict.NO and boottime_ms() / 1000 - self._verdict_s > VERDICT_S:
-            self._verdict = Verdict.UNASKED
+        self.questions.settle(v, boottime_ms())
         if engine is not None:
             self._died_serving = False
             replaced = engine.synced and engine.peer_primary
@@ -361,41 +345,14 @@ class Conductor:
 
     def say(self) -> None:
         """Put the present into the heartbeats; what is new goes out at once."""
-        v, parts = self.view, self.dialogs.parts
-        engine = v.engine
-        connected = engine is not None and engine.synced and not engine.primary
-        # While this node becomes primary it names nobody, whatever it hears meanwhile.
-        names = connected and not self._promoting
-        body = Body(
-            role=standing.role_of(v).value,
-            readiness=standing.readiness_of(v).value,
-            reason=bodies.short(self.decision.reason),
-            wanted=v.wanted,
-            engine=engine is not None,
-            primary=engine is not None and engine.primary,
-            promotable=policy.promotable(v),
-            was_primary=engine is not None and policy.was_last(v),
-            passive=not v.settings.failover,
-            held_back=bool(v.held_back),
-            candidate=policy.candidate(v) if names else 0,
-            facts_id=v.facts_id,
-            facts_seen=v.peer.facts_id,
-            swap_to=v.swap_to,
-            deposed=self.switches.now.served and not policy.is_primary(v),
-            # Said for as long as it waits for the other one, and no longer.
-            stop_both=v.stop_both and engine is not None,
-            alone=engine is not None and engine.right_alone,
-            service=v.service.value,
-            data_state=engine.data_state if engine is not None else "",
-            config=self._config_id,
-            piece=self.comparison.piece() if self.config_differs() else None,
-            ask=parts.ask,
-            answer=parts.answer,
-            word=parts.word,
-            please=parts.please,
-            refused=parts.refused,
-            done=parts.done,
-        )
+        differs = self.config_differs()
+        more = {
+            "reason": bodies.short(self.decision.reason),
+            "config": self._config_id,
+            "piece": self.comparison.piece() if differs else None,
+            **self.dialogs.parts.fields(),
+        }
+        body = said_of(self.view, names=not self._promoting).model_copy(update=more)
         if body != self._said:
             self._said = body
             self.heart.say(bodies.encode(body), now=True)
@@ -506,14 +463,12 @@ class Conductor:
         await self.command("alone")
 
     async def _ask_arbiter(self) -> None:
-        self._verdict, self.verdict_reason = await self._arbiter.ask(self.config, boottime_ms())
-        self._verdict_s = boottime_ms() / 1000
-        self.tell(f"arbiter {self.config.arbiter.name.lower()}: {self._verdict.value}: "
-                  f"{self.verdict_reason}")  # fmt: skip
+        await self.questions.ask_arbiter(self.config)
+        kind, q = self.config.arbiter.name.lower(), self.questions
+        self.tell(f"arbiter {kind}: {q.verdict.value}: {q.reason}")
 
     async def _ask_peer(self) -> None:
-        self._asked_peer = True
-        self._asked_s = boottime_ms() / 1000
+        self.questions.peer_is_asked(boottime_ms())
         await self.words.ask_peer()
 
     async def _speak(self) -> None:

@@ -44,6 +44,10 @@ class Parts:
     refused: str = ""
     done: str = ""
 
+    def fields(self) -> dict[str, Any]:
+        """As a heartbeat has them."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
 
 class Dialogs:
     """One node's side of every dialog. `say` sends a heartbeat now; `command` asks the engine."""

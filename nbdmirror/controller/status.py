@@ -59,7 +59,7 @@ def status_of(c: "Conductor") -> dict[str, Any]:
         "arbiter": {
             "kind": c.config.arbiter.name.lower(),
             "verdict": v.verdict.value,
-            "reason": c.verdict_reason,
+            "reason": c.questions.reason,
         },
         "takeover": c.config.takeover,
         "preferred": c.config.preferred,
