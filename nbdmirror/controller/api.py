@@ -220,7 +220,8 @@ class Api:
         if args.get("force"):
             if primary:
                 raise RefusedError("second --force: this node serves; `nbdmirror stop`, or `swap`")
-            self._require_a_source(v)
+            if v.engine is not None:
+                self._require_a_source(v)
             await c.discard()
             c.orders.start()
             return "this copy is blank now and is filled from the other node"
