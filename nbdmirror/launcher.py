@@ -103,7 +103,7 @@ def take_lock(path: Path) -> int:
         os.close(descriptor)
         raise RefusedError(
             f"{path}: a controller (or `nbdmirror engine run`) of this mirror runs on this node "
-            "already"
+            "already; `nbdmirror status` shows what it does, and end that one first"
         ) from None
     except OSError as error:
         os.close(descriptor)

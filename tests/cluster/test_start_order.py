@@ -175,7 +175,9 @@ def test_one_controller_one_engine() -> None:
         assert c.alpha.engine_pid() == pid
 
 
-def refused(words: list[str], why: str = "of this mirror runs on this node; stop it first") -> None:
+def refused(
+    words: list[str], why: str = "of this mirror runs on this node already; `nbdmirror status`"
+) -> None:
     """A program that is not to start beside what runs already."""
     done = subprocess.run(
         words,
