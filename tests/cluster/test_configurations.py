@@ -18,9 +18,9 @@ def test_a_node_with_another_configuration_is_not_started() -> None:
         c.create()
         text = c.beta.config_path.read_text()
         c.beta.config_path.write_text(f'{text}\n[mount]\ntype = "xfs"\n')
-        for node in c.both:
-            node.up()
-        c.alpha.order("start")
+        c.alpha.up()
+        c.alpha.order("start")  # before it can know
+        c.beta.up()
         c.alpha.is_now("ALONE")
         wanted = 'mount.type: here "xfs", there "ext4"'
         c.beta.wait(lambda s: s["peer"]["config_differences"] == [wanted], "what differs is known")
