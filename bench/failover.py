@@ -90,12 +90,13 @@ def start_node(_network: Network, node: ClusterNode) -> None:
     node.order("start")
 
 
-def nothing(_network: Network, _node: ClusterNode) -> None:
-    """It mends by itself."""
+def order_start(_network: Network, node: ClusterNode) -> None:
+    """An engine that ends again and again is given up until somebody orders a start."""
+    node.order("start")
 
 
 FAULTS: Final = (
-    Fault("death of the engine", 1.0, kill_engine, nothing),
+    Fault("death of the engine", 1.0, kill_engine, order_start),
     Fault("clean stop", 1.0, stop_node, start_node),
     Fault("loss of the host", 5.0, lose_host, return_host),
 )
