@@ -8,9 +8,10 @@ from typing import Any, Final
 import click
 
 from nbdmirror.config import KEYS, Address, Config, format_size
+from nbdmirror.core.cluster.promise import no_promise_c
 from nbdmirror.errors import ConfigError
 from nbdmirror_cli.options import Source, config_options, error_facts, json_option, print_json
-from nbdmirror_cli.view import no_promise_c, print_table
+from nbdmirror_cli.view import print_table
 
 
 @click.group("config")

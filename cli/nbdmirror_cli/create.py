@@ -21,6 +21,7 @@ import click
 
 from nbdmirror import admin, creation
 from nbdmirror.config import Address, Config, format_size
+from nbdmirror.core.cluster.promise import no_promise_c
 from nbdmirror.creation import ARBITER_CHOICE, ARBITERS, Made, Place, Plan
 from nbdmirror.errors import ConfigError, RefusedError
 from nbdmirror.invitation import (
@@ -40,7 +41,7 @@ from nbdmirror_cli.options import (
     config_options,
     json_option,
 )
-from nbdmirror_cli.view import no_promise_c, printable
+from nbdmirror_cli.view import printable
 
 TIMEOUT_S: Final = 600
 TIMEOUT_S_MAX: Final = 86_400

@@ -8,19 +8,11 @@ from typing import Any, Final
 import click
 
 from nbdmirror.control_client import ControlClient
+from nbdmirror.core.cluster.promise import mode_of, no_promise_c, phase_of
 from nbdmirror.errors import RefusedError
 from nbdmirror.limits import COMMAND_TIMEOUT_MS
 from nbdmirror_cli.options import Source, config_options, json_option, print_json
-from nbdmirror_cli.view import (
-    QUESTIONS,
-    bytes_text,
-    force_loss,
-    mode_of,
-    no_promise_c,
-    phase_of,
-    print_state,
-    printable,
-)
+from nbdmirror_cli.view import QUESTIONS, bytes_text, force_loss, print_state, printable
 
 # The engine bounds its own work; the answer needs a moment more than the longest of it.
 COMMAND_TIMEOUT_S: Final = COMMAND_TIMEOUT_MS / 1000 + 5

@@ -15,14 +15,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from nbdmirror.core.cluster.promise import mode_of, phase_of
 from nbdmirror_cli.view import (
     QUESTIONS,
     SPLIT_BRAIN,
     SPLIT_BRAIN_REMEDY,
     WIDTH_WITHOUT_TERMINAL,
     bytes_text,
-    mode_of,
-    phase_of,
     plain,
     printable,
 )

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from nbdmirror.core.cluster.promise import mode_of, promises
+
 WIDTH_WITHOUT_TERMINAL: Final = 120
 
 # What the engine waits for, and the commands that answer it.
@@ -22,13 +24,6 @@ QUESTIONS: Final = {
     "peer can be promoted",
     "record-joint": "the arbiter's record has to be set before the copies count as equal",
 }
-PROMISE_A: Final = "(a) a write acknowledged now survives the loss of either node, power included"
-PROMISE_B: Final = "(b) an acknowledged FLUSH or FUA survives the loss of power on both nodes"
-PROMISE_C: Final = (
-    "(c) two nodes never both acknowledge, and a stale or half-synced node never takes over "
-    "by itself"
-)
-ONE_COPY: Final = "one copy: until the peer is in sync again, the loss of this node loses writes"
 SPLIT_BRAIN: Final = "Split brain"
 SPLIT_BRAIN_REMEDY: Final = (
     "save what only the losing copy has; then, on the node whose copy is given up (and nowhere "
@@ -67,50 +62,6 @@ def bytes_text(count: object) -> str:
     return f"{count} B"
 
 
-def phase_of(state: dict[str, Any]) -> str:
-    """Where the session with the peer stands; "" without one."""
-    session = state.get("session")
-    return str(session.get("phase", "")) if isinstance(session, dict) else ""
-
-
-def mode_of(state: dict[str, Any]) -> str:
-    """One word for what this node does: mirrored, alone, resync, frozen, failed or waiting."""
-    if state.get("failed"):
-        return "failed"
-    if state.get("frozen"):
-        return "frozen"
-    phase = phase_of(state)
-    if phase == "synced":
-        return "mirrored"
-    if phase in {"resync", "joint"}:
-        return "resync"
-    return "alone" if state.get("role") == "primary" else "waiting"
-
-
-def no_promise_c(arbiter: str) -> str:
-    """What the arbiter does not promise; the promise itself if it does."""
-    if arbiter in {"none", "ping"}:
-        return (
-            f'arbiter "{arbiter}" does not give (c): when the nodes cannot see each other, both '
-            "may go on, and the writes of one side are then given up; until it notices, a primary "
-            "that was replaced answers reads with what was there before"
-        )
-    return PROMISE_C
-
-
-def promises(state: dict[str, Any]) -> list[str]:
-    """Which of the three promises are in force now, in the words of the documentation."""
-    arbiter = no_promise_c(str(state.get("arbiter", "none")))
-    mode = mode_of(state)
-    if mode == "mirrored":
-        return [PROMISE_A, PROMISE_B, arbiter]
-    if mode == "frozen":
-        return ["nothing is acknowledged while frozen", arbiter]
-    if state.get("role") == "primary":
-        return [ONE_COPY, arbiter]
-    return ["none by this node: it is not in sync with the other one", arbiter]
-
-
 def print_state(state: dict[str, Any]) -> None:
     """The table of `engine state`."""
     rows = [
@@ -138,7 +89,7 @@ def print_state(state: dict[str, Any]) -> None:
     if state.get("question"):
         question = str(state["question"])
         rows.append(("WAITS FOR", QUESTIONS.get(question, question)))
-    rows += [("promise", line) for line in promises(state)]
+    rows += [("promise", line) for line in promises(state, str(state.get("arbiter", "none")))]
     node = state.get("node") or f"node {state.get('node_id', '?')}"
     print_table(printable(f"mirror {state.get('mirror', '?')}, {node}"), rows)
 
