@@ -16,10 +16,9 @@ from typing import Any, Final
 from nbdmirror.controller.conductor import Conductor
 from nbdmirror.controller.reload import plan_of
 from nbdmirror.controller.status import status_of
-from nbdmirror.controller.switches import stored
 from nbdmirror.core.cluster import policy
 from nbdmirror.core.cluster.view import OrderKind, Service, View
-from nbdmirror.errors import NbdMirrorError, RefusedError
+from nbdmirror.errors import NbdMirrorError, RefusedError, StaleCommandError
 from nbdmirror.files import path_error, remove_socket, require_socket_path
 from nbdmirror.jsonlines import described, may_command, parse
 from nbdmirror.limits import MIB
@@ -27,6 +26,7 @@ from nbdmirror.limits import MIB
 LINE_BYTES_MAX: Final = MIB
 CONNECTIONS_MAX: Final = 64
 IDLE_S: Final = 600.0
+TRIES_MAX: Final = 3
 EVENT_POLL_S: Final = 0.1
 SWITCHES: Final = ("checkers", "failover", "boot")
 OPERATOR: Final = "an operator asked for it"
@@ -165,8 +165,8 @@ class Api:
                 f"{found}. Make the two files equal, then restart this controller"
             )
         c.supervisor.forgive()
-        problem = c.orders.start()
-        return said("this node shall run", problem)
+        c.orders.start()
+        return said("this node shall run", await c.switches.kept())
 
     async def _stop(self, args: Arguments) -> str:
         c = self._conductor
@@ -175,8 +175,8 @@ class Api:
             c.orders.shutdown = "the service is being stopped; it starts again with it"
             return "until the service starts again"
         both = bool(args.get("both")) and self._stops_both()
-        problem = c.orders.stop("stopped by an operator")
-        c.orders.stop_both = both
+        c.orders.stop("stopped by an operator", both=both)
+        problem = await c.switches.kept()
         return said("both nodes stop" if both else "this node stops", problem)
 
     def _stops_both(self) -> bool:
@@ -218,11 +218,7 @@ class Api:
                 "only it has: `nbdmirror stop`, then copy `data`)"
             )
         if args.get("force"):
-            if primary:
-                raise RefusedError("second --force: this node serves; `nbdmirror stop`, or `swap`")
-            if v.engine is not None:
-                self._require_a_source(v)
-            await c.discard()
+            await self._give_up_copy()
             c.orders.start()
             return "this copy is blank now and is filled from the other node"
         c.orders.start()
@@ -231,6 +227,31 @@ class Api:
             c.orders.swap(v.settings.peer_id, OPERATOR)
             return f"{v.settings.peer_name} takes over"
         return "this node runs, and serves only if it has to"
+
+    async def _give_up_copy(self) -> None:
+        """Make this copy blank; over again where the engine's state changed meanwhile.
+
+        Raises:
+            NbdMirrorError: it serves, the other node has nothing to fill it with, or the engine
+            refuses.
+        """
+        c = self._conductor
+        for tries_left in reversed(range(TRIES_MAX)):
+            v = c.look_at_everything()
+            if v.engine is not None and v.engine.primary:
+                raise RefusedError("second --force: this node serves; `nbdmirror stop`, or `swap`")
+            if v.engine is not None:
+                self._require_a_source(v)
+            try:
+                await c.discard()
+            except StaleCommandError:
+                if not tries_left:
+                    raise
+                c.looked.clear()
+                c.wake()
+                await c.looked.wait()
+            else:
+                return
 
     def _require_a_source(self, v: View) -> None:
         """Whether the other node has what this one is to be filled with.
@@ -284,9 +305,10 @@ class Api:
         name, on = args.get("name"), args.get("on")
         if name not in SWITCHES or not isinstance(on, bool):
             raise RefusedError(f"switch: name is one of {', '.join(SWITCHES)}, on is true or false")
-        problem = stored(self._conductor.switches, **{name: on})
+        switches = self._conductor.switches
+        switches.change(**{name: on})
         self._conductor.events.emit("switch", name=name, on=on)
-        return said(f"{name} {'on' if on else 'off'}", problem)
+        return said(f"{name} {'on' if on else 'off'}", await switches.kept())
 
     async def _mount(self, _args: Arguments) -> str:
         c = self._conductor

@@ -8,9 +8,7 @@ own work go on beside it. Must never act on a state that it did not just see.
 
 import asyncio
 import contextlib
-import secrets
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Final
 
 from nbdmirror.config import Config
@@ -18,15 +16,16 @@ from nbdmirror.controller.checkers import Checkers
 from nbdmirror.controller.dialogs import Dialogs
 from nbdmirror.controller.engine_link import EngineLink
 from nbdmirror.controller.heart import Heart, boottime_ms
+from nbdmirror.controller.observe import Observer
 from nbdmirror.controller.orders import Orders
 from nbdmirror.controller.questions import Questions
-from nbdmirror.controller.reload import Comparison, facts_of
+from nbdmirror.controller.reload import Comparison, config_id, facts_of
 from nbdmirror.controller.service import Service
 from nbdmirror.controller.supervisor import KILL_S, Supervisor, listener_of
-from nbdmirror.controller.switches import Switches, stored
+from nbdmirror.controller.switches import Switches
 from nbdmirror.controller.words import Words
 from nbdmirror.core.cluster import body as bodies
-from nbdmirror.core.cluster import policy, standing, view
+from nbdmirror.core.cluster import policy, standing
 from nbdmirror.core.cluster.body import Body
 from nbdmirror.core.cluster.checking import CheckerFacts
 from nbdmirror.core.cluster.policy import Decision, Step
@@ -45,18 +44,16 @@ from nbdmirror.events import EventLog
 LOOK_S: Final = 0.2
 AGAIN_S: Final = 1.0
 FRESH_MS: Final = 1_000
-CLEAN_AGAIN_S: Final = 10.0
-FACTS_ID_BYTES: Final = 8
 POLLS_LOST_MAX: Final = 2
 
 
 class Conductor:
     """One mirror on one node."""
 
-    def __init__(self, config: Config, events: EventLog, mirror_id: bytes, config_id: str) -> None:
+    def __init__(self, config: Config, events: EventLog, mirror_id: bytes) -> None:
         self.config = config
         self.events = events
-        self._config_id = config_id
+        self._config_id = config_id(config)
         self.comparison = Comparison(facts_of(config), config.key)
         self.switches = Switches(config.switches_file)
         self.orders = Orders(config, self.switches, self.tell)
@@ -81,19 +78,17 @@ class Conductor:
         self.engine_state: dict[str, Any] | None = None
         self.engine_reason = ""
         self.trouble = ""
-        self.view = View(self._settings())
+        self.observer = Observer(self)
+        self.view = View(self.observer.settings())
         self._looked_ms = 0.0
         self._polls_lost = 0
-        self._died_serving = False
-        self._spoken = True
+        self.died_serving = False
+        self.spoken = True
         self.questions = Questions()
         self._promoting = False
-        self._cleaned = False
-        self._cleaned_s = 0.0
+        self.cleaned = False
+        self.cleaned_s = 0.0
         self._said = Body()
-        self._facts: tuple[object, ...] = ()
-        self._superseded = ("", "")
-        self._facts_id = ""
         self.hands = asyncio.Lock()
         self._woken = asyncio.Event()
         self.looked = asyncio.Event()
@@ -110,19 +105,6 @@ class Conductor:
         """Look again now."""
         self._woken.set()
 
-    def _settings(self) -> view.Settings:
-        me, peer = self.config.me, self.config.peer
-        ids = {me.name: me.id, peer.name: peer.id}
-        return view.Settings(
-            node_id=me.id,
-            peer_id=peer.id,
-            peer_name=peer.name,
-            preferred_id=ids.get(self.config.preferred, 0),
-            preferred_last=self.config.preferred == "last",
-            takeover=self.config.takeover == "automatic",
-            failover=self.switches.now.failover,
-        )
-
     def serving(self) -> bool:
         """What the health probe asks: from what was seen within the last second, or not at all."""
         return boottime_ms() - self._looked_ms <= FRESH_MS and standing.serves(self.view)
@@ -132,8 +114,8 @@ class Conductor:
     def _engine_ended(self, how: str) -> None:
         last = self.view.engine
         served = last is not None and last.primary and last.synced
-        self._died_serving = served and self.view.wanted
-        self._spoken = not self._died_serving
+        self.died_serving = served and self.view.wanted
+        self.spoken = not self.died_serving
         self.link.close()
         self.engine_state = None
         self._polls_lost = 0
@@ -189,85 +171,17 @@ class Conductor:
         if relayed:
             self.heart.take_extra(relayed)
 
-    def peer_heard(self) -> bool:
-        """Whether a fresh heartbeat came within the silence."""
-        return self.heart.ever_heard() and not self._silence_is_over()
-
-    def look_at_everything(self) -> View:
-        """The view of this moment."""
-        engine = self._engine_view()
-        before = self._before_down()
-        v = View(
-            settings=self._settings(),
-            wanted=self.switches.now.wanted and not self.orders.shutdown,
-            stop_reason=self.orders.stop_reason(),
-            stop_both=self.orders.stop_both,
-            engine=engine,
-            engine_given_up=self.supervisor.given_up() if engine is None else "",
-            died_serving=self._died_serving,
-            spoken=self._spoken,
-            peer=bodies.peer_of(self.peer_body, heard=self.peer_heard()),
-            service=self.service.state,
-            service_reason=self.service.reason,
-            leftovers=not self._cleaned or self._clean_again(),
-            before_down=before,
-            verdict=self.questions.verdict,
-            verdict_reason=self.questions.reason,
-            asked_peer=self.questions.asked_peer,
-            held_back=self._held_back(before),
-            order=self.orders.order,
-            order_from=self.orders.reason,
-            swap_to=self.orders.swap_to,
-            served=self.switches.now.served,
-            listening=not self.heart.ever_heard() and not self._silence_is_over(),
-        )
-        return replace(v, facts_id=self._id_of(policy.own_facts(v)))
-
-    def _silence_is_over(self) -> bool:
+    def silence_is_over(self) -> bool:
         """Whether nothing was heard for as long as a peer that is there would not be silent."""
         return self.heart.silent_ms() > self.config.controller.silence_ms
 
-    def _id_of(self, facts: tuple[object, ...]) -> str:
-        """A fresh id for each change of these facts: what is as it was before has another one."""
-        if facts != self._facts:
-            self._facts, self._facts_id = facts, secrets.token_hex(FACTS_ID_BYTES)
-        return self._facts_id
+    def peer_heard(self) -> bool:
+        """Whether a fresh heartbeat came within the silence."""
+        return self.heart.ever_heard() and not self.silence_is_over()
 
-    def _engine_view(self) -> view.Engine | None:
-        """The engine; without the memory of having been in sync, once the peer went on alone.
-
-        A heartbeat that says so may be all that this node ever hears of it, and it is enough.
-        """
-        if self.engine_state is None:
-            return None
-        engine = view.engine_of(self.engine_state)
-        moment = (engine.instance, str(self.engine_state.get("last_session", "")))
-        body = self.peer_body
-        if not engine.phase and engine.met and body is not None and body.alone:
-            self._superseded = moment
-        return replace(engine, met=False) if moment == self._superseded else engine
-
-    def _clean_again(self) -> bool:
-        """Whether what could not be removed is tried once more."""
-        due = boottime_ms() / 1000 - self._cleaned_s > CLEAN_AGAIN_S
-        return bool(self.service.leftovers) and due
-
-    def _held_back(self, before: str) -> str:
-        """Why this node may not become primary."""
-        if self.service.leftovers:
-            left = "; ".join(self.service.leftovers)
-            return f"something of an earlier term is still here (rule 22): {left}"
-        running = self.service.state is not ServiceState.DOWN
-        return self.orders.held_back() or ("" if running else before)
-
-    def _before_down(self) -> str:
-        if not self.switches.now.checkers:
-            return ""
-        for facts in self.checkers.facts():
-            if facts.when == "before" and facts.action != "tell" and facts.state != "up":
-                why = facts.reason or "not checked yet"
-                return f"checker {facts.name}: {why}"
-        return ""
+    def look_at_everything(self) -> View:
+        """The view of this moment."""
+        return self.observer.view()
 
     # --- the loop --------------------------------------------------------------------------------
 
@@ -290,7 +204,7 @@ class Conductor:
             self.tell(f"adopted the engine, process {pid}")
             if state.get("role") == "primary":
                 # Rule 22: what is not of this very term is taken down before anything is started.
-                self._cleaned = await self.service.adopt(term_of(state))
+                self.cleaned = await self.service.adopt(term_of(state))
 
     async def run(self) -> None:
         """Until `end`."""
@@ -299,6 +213,7 @@ class Conductor:
             self.looked.set()
             self.view = self.look_at_everything()
             self._settle()
+            await self._keep()
             self.view = self.look_at_everything()
             self._note(policy.decide(self.view))
             self.say()
@@ -315,12 +230,17 @@ class Conductor:
         engine = v.engine
         self.questions.settle(v, boottime_ms())
         if engine is not None:
-            self._died_serving = False
+            self.died_serving = False
             replaced = engine.synced and engine.peer_primary
             if replaced and self.switches.now.served and not v.settings.preferred_last:
-                stored(self.switches, served=False)
+                self.switches.change(served=False)
         self.orders.settle(v)
         self.orders.from_checkers(v, self.checkers)
+
+    async def _keep(self) -> None:
+        """Before anything follows from it; else the bound on actions would not outlive a crash."""
+        if self.switches.untried and (problem := await self.switches.kept()):
+            self.tell(f"{self.config.switches_file}: {problem}")
 
     def _watch_checkers(self) -> None:
         v = self.view
@@ -409,8 +329,8 @@ class Conductor:
         return work.result()
 
     async def _clean(self) -> None:
-        self._cleaned = True
-        self._cleaned_s = boottime_ms() / 1000
+        self.cleaned = True
+        self.cleaned_s = boottime_ms() / 1000
         self.service.leave(served=False)
 
     async def _start_engine(self) -> None:
@@ -423,7 +343,7 @@ class Conductor:
                 raise
 
     async def _stop_engine(self) -> None:
-        stored(self.switches, served=False)
+        self.switches.change(served=False)
         try:
             await self.command("stop")
         except StaleCommandError:
@@ -434,7 +354,7 @@ class Conductor:
         if not await self.supervisor.gone(KILL_S):
             self.supervisor.kill()
             await self.supervisor.gone(KILL_S)
-        self._died_serving = False
+        self.died_serving = False
         self.supervisor.note_success()
 
     async def _enter(self) -> None:
@@ -452,12 +372,12 @@ class Conductor:
         finally:
             self._promoting = False
         self.orders.promoted()
-        stored(self.switches, served=True)
+        self.switches.change(served=True)
 
     async def _demote(self) -> None:
         await self.command("demote")
         if self.orders.order is not None:
-            stored(self.switches, served=False)
+            self.switches.change(served=False)
 
     async def _alone(self) -> None:
         await self.command("alone")
@@ -472,7 +392,7 @@ class Conductor:
         await self.words.ask_peer()
 
     async def _speak(self) -> None:
-        self._spoken = True
+        self.spoken = True
         await self.words.speak()
 
     # --- for the api ----------------------------------------------------------------------------
@@ -481,7 +401,7 @@ class Conductor:
         """Give up this copy; nothing of it is kept.
 
         Raises:
-            RefusedError: there is no engine, or it refuses.
+            RefusedError: there is no engine, or it refuses. StaleCommandError: look again.
         """
         if self.engine_state is None:
             raise RefusedError("second --force: the engine is not running; `nbdmirror start` first")
@@ -492,9 +412,9 @@ class Conductor:
         body = self.peer_body
         return body is not None and bool(body.config) and body.config != self._config_id
 
-    def reconfigure(self, config: Config, identity: str) -> None:
+    def reconfigure(self, config: Config) -> None:
         """Use another configuration from now on, as far as it can take effect online."""
-        old, self.config, self._config_id = self.config, config, identity
+        old, self.config, self._config_id = self.config, config, config_id(config)
         self.comparison = Comparison(facts_of(config), config.key)
         self.orders.reconfigure(config)
         self.service.application.reconfigure(config.application)
@@ -512,6 +432,7 @@ class Conductor:
 
     async def close(self) -> None:
         """Let go of everything."""
+        await self._keep()
         self.dialogs.close()
         await self.checkers.close()
         await self.service.close()

@@ -22,7 +22,6 @@ from nbdmirror.controller import api
 from nbdmirror.controller.conductor import Conductor
 from nbdmirror.controller.engine_link import PING_S, Lines
 from nbdmirror.controller.probe import Probe
-from nbdmirror.controller.reload import config_id
 from nbdmirror.controller.service import Service
 from nbdmirror.core.superblock import choose
 from nbdmirror.errors import NbdMirrorError, RefusedError, UnreachableError
@@ -68,7 +67,7 @@ async def serve(config: Config, events: EventLog) -> None:
     Raises:
         NbdMirrorError: it cannot begin.
     """
-    conductor = Conductor(config, events, mirror_id_of(config), config_id(config))
+    conductor = Conductor(config, events, mirror_id_of(config))
     door = api.Api(conductor)
     probe = Probe(config.probe, config.mirror, conductor.serving) if config.probe else None
     loop = asyncio.get_running_loop()

@@ -49,8 +49,8 @@ class LinkFacts:
 
     `up`: something fresh is heard, and what this node sends comes back, both within the silence.
     `silent_ms`: since the last fresh datagram, counted while awake; None if there was none.
-    `rtt_ms`: of the last round trip, None unless up. `refused_count`: datagrams that did not
-    count. `reason`: why it is down, "" if it is up.
+    `rtt_ms`: of the last round trip, None unless up, and None of the channel. `refused_count`:
+    datagrams that did not count. `reason`: why it is down, "" if it is up.
     """
 
     name: str
@@ -139,7 +139,8 @@ class _Network:
             remote=str(self.remote),
             up=up,
             silent_ms=None if link.heard_ms is None else link.silent_ms(now_ms),
-            rtt_ms=link.rtt_ms if up else None,
+            # On the channel a packet waits at both ends for the next look at the engine.
+            rtt_ms=link.rtt_ms if up and self.socket is not None else None,
             refused_count=sum(link.refused.values()),
             reason=reason,
         )

@@ -10,11 +10,11 @@ from typing import Final
 
 from nbdmirror.config import Config
 from nbdmirror.controller.checkers import Checkers
-from nbdmirror.controller.switches import Switches, stored
+from nbdmirror.controller.switches import Switches
 from nbdmirror.core.cluster import policy
 from nbdmirror.core.cluster.checking import CheckerFacts, demanded
 from nbdmirror.core.cluster.view import OrderKind, Service, View
-from nbdmirror.errors import RefusedError, StoreError
+from nbdmirror.errors import RefusedError
 
 SWAP_S: Final = 30.0
 PRIM_S: Final = 30.0
@@ -40,7 +40,6 @@ class Orders:
         self.force = False
         self.shutdown = ""
         self.swap_to = 0
-        self.stop_both = False
         self.error = ""
         self._swap_until_s = 0.0
         self._prim_until_s = 0.0
@@ -76,17 +75,16 @@ class Orders:
         self.swap_to = to
         self._swap_until_s = monotonic() + SWAP_S
 
-    def start(self) -> str:
-        """The node shall run; nothing holds it back any more. Returns what could not be stored."""
+    def start(self) -> None:
+        """The node shall run; nothing holds it back any more."""
         self.shutdown = self._waits_for = self._waits_reason = ""
-        self.stop_both = False
-        return stored(self._switches, wanted=True, stop_reason="", actions=())
+        self._switches.change(wanted=True, stop_reason="", stop_both=False, actions=())
 
-    def stop(self, reason: str) -> str:
-        """The node shall stop, and stay so. Returns what could not be stored."""
+    def stop(self, reason: str, *, both: bool = False) -> None:
+        """The node shall stop, and stay so. `both`: after the other one."""
         self.clear()
         self._tell(reason)
-        return stored(self._switches, wanted=False, stop_reason=reason)
+        self._switches.change(wanted=False, stop_reason=reason, stop_both=both)
 
     def clear(self) -> None:
         """Nothing is under way any more."""
@@ -227,10 +225,7 @@ class Orders:
                 "without an operator: look at it, then `nbdmirror start`"
             )
             return
-        try:
-            self._switches.count_action(f"{action}: {reason}")
-        except StoreError as error:
-            self._tell(f"the count of actions was not stored: {error}")
+        self._switches.count_action(f"{action}: {reason}")
         self._tell(f"{action}, because of {reason}")
         if action == "stop":
             self.stop(f"stopped because of {reason}")

@@ -17,10 +17,9 @@ from nbdmirror.config import Config
 from nbdmirror.controller.addresses import Addresses, DuplicateAddressError
 from nbdmirror.controller.application import Application
 from nbdmirror.controller.attachment import Attachment
-from nbdmirror.controller.traces import NONE
+from nbdmirror.controller.traces import NONE, write_json
 from nbdmirror.core.cluster.view import Service as State
 from nbdmirror.errors import NbdMirrorError
-from nbdmirror.files import FILE_MODE
 
 MARK_BYTES_MAX: Final = 4096
 TAKE_AGAIN_S: Final = 2.0
@@ -190,11 +189,8 @@ class Service:
         return True
 
     def _store_mark(self, term: str) -> None:
-        temporary = self._mark.with_suffix(".new")
         with contextlib.suppress(OSError):  # without it the next controller begins anew
-            temporary.touch(FILE_MODE)
-            temporary.write_text(json.dumps({"term": term}))
-            temporary.replace(self._mark)
+            write_json(self._mark, {"term": term})
 
     def _read_mark(self) -> str:
         try:

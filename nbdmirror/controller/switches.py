@@ -2,10 +2,12 @@
 
 Owns one small file beside the metadata, replaced as a whole and durably. Roles and data are not in
 it: of those the engine's metadata is the only memory. Must never: read a wall clock (an action of
-an earlier boot counts as if it had happened at the start of this one), or stop a node because the
-file is damaged: then the node runs, all else is as at creation, and that is told.
+an earlier boot counts as if it had happened at the start of this one), stop a node because the
+file is damaged (then the node runs, all else is as at creation, and that is told), or make the loop
+wait for a disk: heartbeats leave from there.
 """
 
+import asyncio
 import json
 import os
 import time
@@ -21,7 +23,8 @@ FILE_BYTES_MAX: Final = 1024 * 1024
 ACTIONS_KEPT_MAX: Final = 128
 REASON_CHARS_MAX: Final = 300
 HOUR_S: Final = 3600
-_SWITCHES: Final = ("wanted", "boot", "failover", "checkers", "served")
+STORE_S: Final = 5.0
+_SWITCHES: Final = ("wanted", "boot", "failover", "checkers", "served", "stop_both")
 # What was written can be read again, and counted up to any bound: a character has up to 12 bytes.
 assert ACTIONS_KEPT_MAX * (12 * REASON_CHARS_MAX + 200) < FILE_BYTES_MAX // 2
 
@@ -31,7 +34,8 @@ class Remembered:
     """The content of the file. `actions`: (boot id, seconds since that boot, what).
 
     `served`: it took the role, and has not given it up in order; on a node that is not primary any
-    more this means that it lost the role by a failure.
+    more this means that it lost the role by a failure. `stop_both`: what stops here is the mirror,
+    so this node waits for the other one.
     """
 
     wanted: bool = False
@@ -40,6 +44,7 @@ class Remembered:
     failover: bool = True
     checkers: bool = True
     served: bool = False
+    stop_both: bool = False
     boot_id: str = ""
     actions: tuple[tuple[str, int, str], ...] = field(default=())
 
@@ -52,6 +57,8 @@ class Switches:
         self._boot_id = read_boot_id()
         self.note = ""
         self._stored: Remembered | None = None
+        self._tried: Remembered | None = None
+        self._work: asyncio.Task[None] | None = None
         self.now = self._read()
         if self.now.boot_id != self._boot_id:
             # The first start since this boot: the boot switch decides whether the node runs.
@@ -76,12 +83,38 @@ class Switches:
         return self._stored
 
     def change(self, **fields: Any) -> None:
-        """Change and store. Blocks for a moment.
+        """From now on; `kept` makes it outlive this process."""
+        self.now = replace(self.now, **fields)
+
+    @property
+    def untried(self) -> bool:
+        """Whether something changed that nobody tried to store."""
+        return self.now not in (self._stored, self._tried)
+
+    async def kept(self) -> str:
+        """Store what is in force; returns why that does not outlive this process, "" if it does.
+
+        Waits for the disk `STORE_S` seconds at the most, in a thread.
+        """
+        while self.now != self._stored:
+            if self._work is None:
+                self._work = asyncio.create_task(asyncio.to_thread(self.store))
+            work = self._work
+            if not (await asyncio.wait({work}, timeout=STORE_S))[0]:
+                return f"it is in force, but {self._path} was not written within {STORE_S:g} s"
+            self._work = None if self._work is work else self._work
+            if isinstance(error := work.exception(), StoreError):
+                return f"it is in force, but could not be stored: {error}"
+            work.result()
+        return ""
+
+    def store(self) -> None:
+        """Write what is in force, durably. Blocks.
 
         Raises:
             StoreError: it could not be stored; it is in force all the same until this process ends.
         """
-        self.now = wanted = replace(self.now, **fields)
+        self._tried = wanted = self.now
         if wanted == self._stored:
             return
         temporary = self._path.with_suffix(".json.new")
@@ -112,13 +145,9 @@ class Switches:
         ]
 
     def count_action(self, what: str) -> None:
-        """One more. Raises StoreError."""
+        """One more."""
         entry = (self._boot_id, uptime_s(), what[:REASON_CHARS_MAX])
         self.change(actions=(*self.now.actions, entry)[-ACTIONS_KEPT_MAX:])
-
-    def forget_actions(self) -> None:
-        """An operator looked at it. Raises StoreError."""
-        self.change(actions=())
 
 
 def remembered(facts: Any) -> Remembered:
@@ -153,12 +182,3 @@ def read_boot_id() -> str:
 def uptime_s() -> int:
     """Since the boot, suspended time included."""
     return int(time.clock_gettime(time.CLOCK_BOOTTIME))
-
-
-def stored(switches: Switches, **fields: Any) -> str:
-    """Change the switches; returns why that does not outlive this process, "" if it does."""
-    try:
-        switches.change(**fields)
-    except StoreError as error:
-        return f"it is in force, but could not be stored: {error}"
-    return ""

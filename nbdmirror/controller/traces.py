@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from nbdmirror.controller.mounts import Mount, mounts
 from nbdmirror.controller.processes import Process, process, processes
@@ -71,14 +71,19 @@ class Record:
     started: int
 
 
-def write_record(path: Path, record: Record) -> None:
+def write_json(path: Path, values: dict[str, Any]) -> None:
     """All of it or nothing; lost with the machine, like what it describes. Raises OSError."""
     fresh = path.with_name(path.name + ".new")
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
     descriptor = os.open(fresh, flags, FILE_MODE)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump(asdict(record), file)
+        json.dump(values, file)
     fresh.replace(path)
+
+
+def write_record(path: Path, record: Record) -> None:
+    """What was attached. Raises OSError."""
+    write_json(path, asdict(record))
 
 
 def read_record(path: Path) -> Record | None:

@@ -133,8 +133,9 @@ def oom() -> None:
                 hogs.append(start_hog())
             endings = [hog.poll() for hog in hogs]
             # If an older one was chosen, the newest has filled what that gave back. The engine's
-            # allocations may not call the OOM killer (PF_MEMALLOC_NOIO): they wait for somebody
-            # else's, and here everybody else waits for the engine.
+            # allocations may not call the OOM killer (out_of_memory() of mm/oom_kill.c does not
+            # kill for one that may not start I/O): they are tried again and again until somebody
+            # else's calls it, and here everybody else waits for the engine.
             hogs[-1].kill()
             hogs[-1].wait()
             states = {engine.name: engine.state() for engine in pair.both}

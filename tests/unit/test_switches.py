@@ -1,8 +1,10 @@
 """What a controller remembers over its own end: durable as a whole, and never a reason to stop."""
 
+import asyncio
 import errno
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -11,7 +13,7 @@ import pytest
 
 from nbdmirror.config_cluster import ControllerSection
 from nbdmirror.controller import switches
-from nbdmirror.controller.switches import HOUR_S, Remembered, Switches, stored
+from nbdmirror.controller.switches import HOUR_S, Remembered, Switches
 from nbdmirror.errors import StoreError
 
 HALF: Final = 20
@@ -27,8 +29,19 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     boot(monkeypatch, tmp_path, "boot-1")
     at_uptime(monkeypatch, 1000)
     made = tmp_path / "controller.json"
-    Switches(made).change(wanted=True, stop_reason="")
+    change(Switches(made), wanted=True, stop_reason="")
     return made
+
+
+def change(made: Switches, **fields: Any) -> None:
+    """Change and store."""
+    made.change(**fields)
+    made.store()
+
+
+def kept(made: Switches) -> str:
+    """What `Switches.kept` answers."""
+    return asyncio.run(made.kept())
 
 
 def boot(monkeypatch: pytest.MonkeyPatch, directory: Path, boot_id: str) -> None:
@@ -56,6 +69,7 @@ def test_what_was_switched_is_so_after_a_restart(path: Path) -> None:
     first = Switches(path)
     first.change(failover=False, checkers=False, boot=False, served=True)
     first.count_action("restart: the page is down")
+    first.store()
     again = Switches(path)
     assert again.now == first.now
     assert again.note == ""
@@ -113,12 +127,12 @@ def test_a_crash_at_any_step_leaves_the_old_or_the_new(
     with monkeypatch.context() as patched:
         STEPS[step](patched, PowerCutError())
         with pytest.raises(PowerCutError):
-            made.change(wanted=False, stop_reason="an operator")
+            change(made, wanted=False, stop_reason="an operator")
     again = Switches(path)
     assert again.note == ""
     assert again.now.wanted is (step != "sync of the directory")
     # What the crash left beside it is in nobody's way.
-    again.change(failover=False)
+    change(again, failover=False)
     assert Switches(path).now == again.now
 
 
@@ -133,12 +147,40 @@ def test_what_cannot_be_stored_is_told_and_stored_later(
     made = Switches(path)
     with monkeypatch.context() as patched:
         STEPS[step](patched, OSError(number, os.strerror(number)))
-        problem = stored(made, wanted=False, stop_reason="an operator")
+        made.change(wanted=False, stop_reason="an operator")
+        problem = kept(made)
     assert str(path) in problem
     assert "could not be stored" in problem
     assert made.now.wanted is False, "it is in force"
-    assert stored(made, wanted=False, stop_reason="an operator") == ""
+    assert not made.untried, "or a full disk would be written to without end"
+    assert kept(made) == ""
     assert Switches(path).now == made.now
+
+
+def test_a_disk_that_does_not_answer_holds_nothing_up(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks in the field: while a disk takes its time over the operator's switch no heartbeat
+    leaves the node, and its peer takes over.
+    """
+    released = threading.Event()
+    monkeypatch.setattr(switches, "STORE_S", 0.05)
+    monkeypatch.setattr(os, "fsync", lambda _descriptor: released.wait())
+    made = Switches(path)
+
+    async def switched() -> None:
+        made.change(failover=False)
+        told = await made.kept()
+        assert "was not written within" in told
+        assert str(path) in told
+        made.change(checkers=False)
+        assert "was not written within" in await made.kept(), "and no second thread writes"
+        released.set()
+        assert await made.kept() == ""
+
+    asyncio.run(switched())
+    assert Switches(path).now == made.now
+    assert (made.now.failover, made.now.checkers) == (False, False)
 
 
 def test_the_data_are_durable_before_they_get_the_name(
@@ -157,7 +199,7 @@ def test_the_data_are_durable_before_they_get_the_name(
     monkeypatch.setattr(os, "pwrite", noted("write", os.pwrite))
     monkeypatch.setattr(os, "fsync", noted("sync", os.fsync))
     monkeypatch.setattr(Path, "replace", noted("rename", Path.replace))
-    Switches(path).change(failover=False)
+    change(Switches(path), failover=False)
     assert order == ["write", "sync", "rename", "sync"]
 
 
@@ -166,7 +208,9 @@ def test_a_link_in_the_place_of_the_new_file_is_not_followed(path: Path) -> None
     victim = path.parent / "victim"
     victim.write_text("precious")
     path.with_suffix(".json.new").symlink_to(victim)
-    assert "could not be stored" in stored(Switches(path), failover=False)
+    made = Switches(path)
+    made.change(failover=False)
+    assert "could not be stored" in kept(made)
     assert victim.read_text() == "precious"
 
 
@@ -174,7 +218,7 @@ def test_a_directory_that_is_not_there_stops_nothing(tmp_path: Path) -> None:
     """Breaks in the field: with its data directory not mounted a controller ends at a click."""
     made = Switches(tmp_path / "missing" / "controller.json")
     with pytest.raises(StoreError, match="ENOENT"):
-        made.change(wanted=True)
+        change(made, wanted=True)
     assert made.now.wanted
 
 
@@ -217,7 +261,7 @@ def test_a_damaged_file_stops_nothing(path: Path, content: bytes) -> None:
     assert str(path) in made.note
     assert "cannot be used" in made.note
     assert made.now == Remembered(wanted=True, stop_reason="", boot_id="boot-1")
-    made.change(failover=False)
+    change(made, failover=False)
     again = Switches(path)
     assert (again.note, again.now) == ("", made.now)
 
@@ -259,13 +303,13 @@ def test_a_boot_of_the_host_asks_the_switch(
     """Breaks in the field: a host that was to come up without the mirror starts it, or a mirror
     that was running does not come back after a power cut.
     """
-    Switches(path).change(wanted=wanted, boot=switch, stop_reason="" if wanted else "an operator")
+    change(Switches(path), wanted=wanted, boot=switch, stop_reason="" if wanted else "an operator")
     assert Switches(path).now.wanted is wanted, "a restart of the controller is no boot"
     boot(monkeypatch, path.parent, "boot-2")
     made = Switches(path)
     assert (made.now.wanted, made.now.stop_reason) == (runs, reason)
     assert Switches(path).now == made.now, "nor is a restart after the boot"
-    made.change(wanted=True, stop_reason="")
+    change(made, wanted=True, stop_reason="")
     assert Switches(path).now.wanted, "who starts it by hand has it running in this boot"
 
 
@@ -274,7 +318,7 @@ def test_a_host_that_does_not_tell_its_boot_is_one_boot(
 ) -> None:
     """Breaks in the field: in a container without that file every restart counts as a boot."""
     monkeypatch.setattr(switches, "BOOT_ID", path.parent / "missing")
-    Switches(path).change(wanted=True, boot=False)
+    change(Switches(path), wanted=True, boot=False)
     assert Switches(path).now.wanted
 
 
@@ -290,12 +334,11 @@ def test_actions_are_counted_within_the_window(path: Path, monkeypatch: pytest.M
     made.count_action("restart: a")
     at_uptime(monkeypatch, 11 * HOUR_S)
     made.count_action("restart: b")
+    made.store()
     at_uptime(monkeypatch, 12 * HOUR_S)
     assert made.actions_within(2) == ["restart: a", "restart: b"]
     at_uptime(monkeypatch, 12 * HOUR_S + 1)
     assert Switches(path).actions_within(2) == ["restart: b"]
-    made.forget_actions()
-    assert Switches(path).actions_within(24) == []
 
 
 def test_an_action_before_a_boot_counts_from_the_boot(
@@ -305,7 +348,9 @@ def test_an_action_before_a_boot_counts_from_the_boot(
     again, because each boot begins to count anew.
     """
     at_uptime(monkeypatch, 1000 * HOUR_S)
-    Switches(path).count_action("restart: a")
+    made = Switches(path)
+    made.count_action("restart: a")
+    made.store()
     boot(monkeypatch, path.parent, "boot-2")
     at_uptime(monkeypatch, 60)
     assert Switches(path).actions_within(1) == ["restart: a"]
@@ -323,6 +368,7 @@ def test_what_is_counted_can_be_read_again(path: Path, monkeypatch: pytest.Monke
     made.change(failover=False)
     for number in range(2 * switches.ACTIONS_KEPT_MAX):
         made.count_action(f"{number} " + "\N{GRINNING FACE}" * 1000)
+        made.store()
     again = Switches(path)
     assert (again.note, again.now) == ("", made.now)
     assert len(again.actions_within(1)) == switches.ACTIONS_KEPT_MAX
