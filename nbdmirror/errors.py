@@ -110,3 +110,9 @@ class SessionLostError(NbdMirrorError):
     """The session with the peer ended while a path was waiting for it."""
 
     exit_code: ClassVar[int] = 23
+
+
+class ArbiterError(NbdMirrorError):
+    """The arbiter gave no clear answer, or what it holds cannot be believed. Nothing is known."""
+
+    exit_code: ClassVar[int] = 24

@@ -1,0 +1,1 @@
+"""Arbiters with a memory: stores of one record that can compare and swap."""
