@@ -26,7 +26,7 @@ from nbdmirror.limits import MIB
 LINE_BYTES_MAX: Final = MIB
 CONNECTIONS_MAX: Final = 64
 IDLE_S: Final = 600.0
-TRIES_MAX: Final = 3
+LOOK_AGAIN_S: Final = 5.0
 EVENT_POLL_S: Final = 0.1
 SWITCHES: Final = ("checkers", "failover", "boot")
 OPERATOR: Final = "an operator asked for it"
@@ -166,7 +166,7 @@ class Api:
             )
         c.supervisor.forgive()
         c.orders.start()
-        return said("this node shall run", await c.switches.kept())
+        return said("this node shall run", await c.keeper.kept())
 
     async def _stop(self, args: Arguments) -> str:
         c = self._conductor
@@ -176,7 +176,7 @@ class Api:
             return "until the service starts again"
         both = bool(args.get("both")) and self._stops_both()
         c.orders.stop("stopped by an operator", both=both)
-        problem = await c.switches.kept()
+        problem = await c.keeper.kept()
         return said("both nodes stop" if both else "this node stops", problem)
 
     def _stops_both(self) -> bool:
@@ -205,7 +205,7 @@ class Api:
             raise RefusedError(f"prim: {refusal}")
         c.orders.give(OrderKind.PRIM, OPERATOR, force=force)
         c.orders.start()
-        return "this node becomes primary"
+        return said("this node becomes primary", await c.keeper.kept())
 
     async def _second(self, args: Arguments) -> str:
         c = self._conductor
@@ -220,38 +220,51 @@ class Api:
         if args.get("force"):
             await self._give_up_copy()
             c.orders.start()
-            return "this copy is blank now and is filled from the other node"
-        c.orders.start()
-        if primary:
+            done = "this copy is blank now and is filled from the other node"
+        elif primary:
             self._require_swap("second")
+            c.orders.start()
             c.orders.swap(v.settings.peer_id, OPERATOR)
-            return f"{v.settings.peer_name} takes over"
-        return "this node runs, and serves only if it has to"
+            done = f"{v.settings.peer_name} takes over"
+        else:
+            c.orders.start()
+            done = "this node runs, and serves only if it has to"
+        return said(done, await c.keeper.kept())
 
     async def _give_up_copy(self) -> None:
-        """Make this copy blank; over again where the engine's state changed meanwhile.
+        """Make this copy blank; once more where a session with the other node began meanwhile.
+
+        Any other change of role may mean that the other copy is gone: that is for the operator.
 
         Raises:
             NbdMirrorError: it serves, the other node has nothing to fill it with, or the engine
             refuses.
         """
         c = self._conductor
-        for tries_left in reversed(range(TRIES_MAX)):
-            v = c.look_at_everything()
-            if v.engine is not None and v.engine.primary:
-                raise RefusedError("second --force: this node serves; `nbdmirror stop`, or `swap`")
-            if v.engine is not None:
-                self._require_a_source(v)
-            try:
-                await c.discard()
-            except StaleCommandError:
-                if not tries_left:
-                    raise
-                c.looked.clear()
-                c.wake()
-                await c.looked.wait()
-            else:
-                return
+        self._require_no_use()
+        try:
+            await c.discard()
+        except StaleCommandError:
+            c.looked.clear()
+            c.wake()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(c.looked.wait(), LOOK_AGAIN_S)
+            if not (c.engine_state or {}).get("session"):
+                raise
+            self._require_no_use()
+            await c.discard()
+
+    def _require_no_use(self) -> None:
+        """Whether this copy may be given up.
+
+        Raises:
+            RefusedError: it serves, or nobody else has what it holds.
+        """
+        v = self._conductor.look_at_everything()
+        if v.engine is not None and v.engine.primary:
+            raise RefusedError("second --force: this node serves; `nbdmirror stop`, or `swap`")
+        if v.engine is not None:
+            self._require_a_source(v)
 
     def _require_a_source(self, v: View) -> None:
         """Whether the other node has what this one is to be filled with.
@@ -305,10 +318,10 @@ class Api:
         name, on = args.get("name"), args.get("on")
         if name not in SWITCHES or not isinstance(on, bool):
             raise RefusedError(f"switch: name is one of {', '.join(SWITCHES)}, on is true or false")
-        switches = self._conductor.switches
-        switches.change(**{name: on})
-        self._conductor.events.emit("switch", name=name, on=on)
-        return said(f"{name} {'on' if on else 'off'}", await switches.kept())
+        c = self._conductor
+        c.switches.change(**{name: on})
+        c.events.emit("switch", name=name, on=on)
+        return said(f"{name} {'on' if on else 'off'}", await c.keeper.kept())
 
     async def _mount(self, _args: Arguments) -> str:
         c = self._conductor

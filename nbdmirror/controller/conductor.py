@@ -16,6 +16,7 @@ from nbdmirror.controller.checkers import Checkers
 from nbdmirror.controller.dialogs import Dialogs
 from nbdmirror.controller.engine_link import EngineLink
 from nbdmirror.controller.heart import Heart, boottime_ms
+from nbdmirror.controller.keeper import Keeper
 from nbdmirror.controller.observe import Observer
 from nbdmirror.controller.orders import Orders
 from nbdmirror.controller.questions import Questions
@@ -56,6 +57,7 @@ class Conductor:
         self._config_id = config_id(config)
         self.comparison = Comparison(facts_of(config), config.key)
         self.switches = Switches(config.switches_file)
+        self.keeper = Keeper(self.switches, self.tell)
         self.orders = Orders(config, self.switches, self.tell)
         self.service = Service(config, self.tell, self.wake)
         self.checkers = Checkers(config.checkers, self._checker_changed)
@@ -192,6 +194,7 @@ class Conductor:
             NbdMirrorError: another controller has it, or an address cannot be had.
         """
         self.supervisor.open()
+        self.keeper.begin()
         if self.switches.note:
             self.tell(self.switches.note)
         await self.heart.start()
@@ -213,7 +216,6 @@ class Conductor:
             self.looked.set()
             self.view = self.look_at_everything()
             self._settle()
-            await self._keep()
             self.view = self.look_at_everything()
             self._note(policy.decide(self.view))
             self.say()
@@ -236,11 +238,6 @@ class Conductor:
                 self.switches.change(served=False)
         self.orders.settle(v)
         self.orders.from_checkers(v, self.checkers)
-
-    async def _keep(self) -> None:
-        """Before anything follows from it; else the bound on actions would not outlive a crash."""
-        if self.switches.untried and (problem := await self.switches.kept()):
-            self.tell(f"{self.config.switches_file}: {problem}")
 
     def _watch_checkers(self) -> None:
         v = self.view
@@ -412,9 +409,9 @@ class Conductor:
         body = self.peer_body
         return body is not None and bool(body.config) and body.config != self._config_id
 
-    def reconfigure(self, config: Config) -> None:
+    def reconfigure(self, config: Config, identity: str) -> None:
         """Use another configuration from now on, as far as it can take effect online."""
-        old, self.config, self._config_id = self.config, config, config_id(config)
+        old, self.config, self._config_id = self.config, config, identity
         self.comparison = Comparison(facts_of(config), config.key)
         self.orders.reconfigure(config)
         self.service.application.reconfigure(config.application)
@@ -432,7 +429,7 @@ class Conductor:
 
     async def close(self) -> None:
         """Let go of everything."""
-        await self._keep()
+        await self.keeper.kept()
         self.dialogs.close()
         await self.checkers.close()
         await self.service.close()

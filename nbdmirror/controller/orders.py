@@ -135,7 +135,10 @@ class Orders:
             self.swap_to = 0
             if self.order is OrderKind.SWAP:
                 self.order = None
-        if v.wanted and v.peer.heard and v.peer.stop_both and v.peer.service == Service.DOWN:
+        if self._switches.now.stop_both and not primary:
+            self._switches.change(stop_both=False)
+        told = v.peer.heard and v.peer.stop_both and v.peer.service == Service.DOWN
+        if v.wanted and told and not primary:
             self.stop(f"stopped together with {v.settings.peer_name}")
         self._asked_by_peer(v, primary=primary)
         self._failback(v, primary=primary)

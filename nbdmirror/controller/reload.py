@@ -168,8 +168,8 @@ def plan_of(conductor: "Conductor", *, dry_run: bool) -> dict[str, Any]:
         )
     if dry_run:
         return {"plan": plan, "done": "nothing was changed"}
-    # Said to the peer is what is in force: of a key that waits for a restart, the old value.
-    conductor.reconfigure(merged(old, new))
+    # What the two files say is compared: a node that waits for its restart has the same file.
+    conductor.reconfigure(merged(old, new), config_id(new))
     later = sum(row["how"] != "online" for row in plan)
     return {"plan": plan, "done": told(len(plan) - later, later)}
 

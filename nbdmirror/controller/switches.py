@@ -3,19 +3,19 @@
 Owns one small file beside the metadata, replaced as a whole and durably. Roles and data are not in
 it: of those the engine's metadata is the only memory. Must never: read a wall clock (an action of
 an earlier boot counts as if it had happened at the start of this one), stop a node because the
-file is damaged (then the node runs, all else is as at creation, and that is told), or make the loop
-wait for a disk: heartbeats leave from there.
+file is damaged (then the node runs, all else is as at creation, and that is told), or write
+without being asked to: `keeper` does it, in a thread of its own.
 """
 
-import asyncio
+import contextlib
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
-from nbdmirror.errors import StoreError
 from nbdmirror.files import FILE_MODE, store_error, sync_directory, write_all
 
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
@@ -23,7 +23,6 @@ FILE_BYTES_MAX: Final = 1024 * 1024
 ACTIONS_KEPT_MAX: Final = 128
 REASON_CHARS_MAX: Final = 300
 HOUR_S: Final = 3600
-STORE_S: Final = 5.0
 _SWITCHES: Final = ("wanted", "boot", "failover", "checkers", "served", "stop_both")
 # What was written can be read again, and counted up to any bound: a character has up to 12 bytes.
 assert ACTIONS_KEPT_MAX * (12 * REASON_CHARS_MAX + 200) < FILE_BYTES_MAX // 2
@@ -56,9 +55,8 @@ class Switches:
         self._path = path
         self._boot_id = read_boot_id()
         self.note = ""
+        self.on_change: Callable[[], None] = lambda: None
         self._stored: Remembered | None = None
-        self._tried: Remembered | None = None
-        self._work: asyncio.Task[None] | None = None
         self.now = self._read()
         if self.now.boot_id != self._boot_id:
             # The first start since this boot: the boot switch decides whether the node runs.
@@ -67,6 +65,8 @@ class Switches:
             self.now = replace(
                 self.now, wanted=wanted, stop_reason="" if wanted else reason, boot_id=self._boot_id
             )
+        # What nobody changed needs not be written, however little of the file could be used.
+        self._tried = self.now
 
     def _read(self) -> Remembered:
         try:
@@ -83,30 +83,14 @@ class Switches:
         return self._stored
 
     def change(self, **fields: Any) -> None:
-        """From now on; `kept` makes it outlive this process."""
+        """From now on; `store` makes it outlive this process. Never blocks."""
         self.now = replace(self.now, **fields)
+        self.on_change()
 
     @property
     def untried(self) -> bool:
         """Whether something changed that nobody tried to store."""
-        return self.now not in (self._stored, self._tried)
-
-    async def kept(self) -> str:
-        """Store what is in force; returns why that does not outlive this process, "" if it does.
-
-        Waits for the disk `STORE_S` seconds at the most, in a thread.
-        """
-        while self.now != self._stored:
-            if self._work is None:
-                self._work = asyncio.create_task(asyncio.to_thread(self.store))
-            work = self._work
-            if not (await asyncio.wait({work}, timeout=STORE_S))[0]:
-                return f"it is in force, but {self._path} was not written within {STORE_S:g} s"
-            self._work = None if self._work is work else self._work
-            if isinstance(error := work.exception(), StoreError):
-                return f"it is in force, but could not be stored: {error}"
-            work.result()
-        return ""
+        return self.now is not self._tried
 
     def store(self) -> None:
         """Write what is in force, durably. Blocks.
@@ -117,6 +101,7 @@ class Switches:
         self._tried = wanted = self.now
         if wanted == self._stored:
             return
+        self._stored = None
         temporary = self._path.with_suffix(".json.new")
         data = json.dumps(asdict(wanted), indent=1).encode() + b"\n"
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -127,6 +112,11 @@ class Switches:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+            if self.note:
+                # Whatever was wrong with it, an operator may still want to read it.
+                with contextlib.suppress(OSError):
+                    self._path.rename(self._path.with_suffix(".json.damaged"))
+                self.note = ""
             temporary.replace(self._path)
             sync_directory(self._path.parent)
         except OSError as error:

@@ -113,6 +113,25 @@ def test_the_stop_of_both_outlives_a_controller() -> None:
         c.assert_equal()
 
 
+def test_an_old_stop_of_both_does_not_stop_who_serves_now() -> None:
+    """Breaks in the field: the controller that was to stop both nodes comes back an hour later,
+    when the other node has taken over long since; and the application is down on both.
+    """
+    with Cluster(more=application()) as c:
+        app = App(c)
+        c.start()
+        app.how("alpha", "stop", f"until [ -e {c.root}/go ]; do sleep 0.02; done")
+        c.alpha.order("stop", both=True)
+        c.alpha.wait(lambda s: s["row"] == "stopping", "the application is being stopped")
+        c.alpha.lose()
+        (c.root / "go").touch()
+        c.beta.is_now("ALONE")
+        c.alpha.up()
+        c.alpha.rests("STOP", "stopped")
+        assert c.beta.is_now("ALONE")["wanted"]
+        assert app.runs("beta")
+
+
 def resyncs(node: ClusterNode) -> int:
     """How many have ended, as the node's engine told its controller."""
     return sum(each.get("what") == "resync-finished" for each in node.told("engine"))

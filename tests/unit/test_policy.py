@@ -62,6 +62,8 @@ CASES: Final[tuple[tuple[str, Step, str, View], ...]] = (
         wanted=False, engine=primary(), service=UP)),
     ("stop, the peer first", Step.NOTHING, "until beta has stopped", view(
         wanted=False, stop_both=True, engine=primary(), peer=SECOND)),
+    ("stop, the peer first", Step.NOTHING, "until beta has stopped", view(
+        wanted=False, stop_both=True, engine=primary(), listening=True)),
     ("leftovers", Step.CLEAN, "rule 22", view(leftovers=True)),
     ("leftovers", Step.CLEAN, "rule 22", view(
         wanted=False, leftovers=True)),

@@ -291,7 +291,7 @@ def down(v: View, step: Step) -> View:
         Step.LEAVE: {"service": Service.DOWN},
         Step.STOP_ENGINE: {"engine": None},
         # What is under way ends, and the peer does what it is waited for.
-        Step.NOTHING: {"service": Service.DOWN, "peer": Peer()},
+        Step.NOTHING: {"service": Service.DOWN, "peer": Peer(), "listening": False},
     }
     return replace(v, **ended[step])
 

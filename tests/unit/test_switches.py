@@ -12,7 +12,8 @@ from typing import Any, Final
 import pytest
 
 from nbdmirror.config_cluster import ControllerSection
-from nbdmirror.controller import switches
+from nbdmirror.controller import keeper, switches
+from nbdmirror.controller.keeper import Keeper
 from nbdmirror.controller.switches import HOUR_S, Remembered, Switches
 from nbdmirror.errors import StoreError
 
@@ -40,8 +41,14 @@ def change(made: Switches, **fields: Any) -> None:
 
 
 def kept(made: Switches) -> str:
-    """What `Switches.kept` answers."""
-    return asyncio.run(made.kept())
+    """What who typed a switch is told."""
+
+    async def asked() -> str:
+        keeper = Keeper(made, lambda _told: None)
+        keeper.begin()
+        return await keeper.kept()
+
+    return asyncio.run(asked())
 
 
 def boot(monkeypatch: pytest.MonkeyPatch, directory: Path, boot_id: str) -> None:
@@ -164,23 +171,67 @@ def test_a_disk_that_does_not_answer_holds_nothing_up(
     leaves the node, and its peer takes over.
     """
     released = threading.Event()
-    monkeypatch.setattr(switches, "STORE_S", 0.05)
+    monkeypatch.setattr(keeper, "STORE_S", 0.05)
     monkeypatch.setattr(os, "fsync", lambda _descriptor: released.wait())
     made = Switches(path)
 
     async def switched() -> None:
+        keeps = Keeper(made, lambda _told: None)
+        keeps.begin()
         made.change(failover=False)
-        told = await made.kept()
-        assert "was not written within" in told
-        assert str(path) in told
+        assert "was not stored within" in await keeps.kept()
         made.change(checkers=False)
-        assert "was not written within" in await made.kept(), "and no second thread writes"
+        assert "was not stored within" in await keeps.kept()
+        made.change(failover=True)
+        made.change(failover=False)
         released.set()
-        assert await made.kept() == ""
+        monkeypatch.setattr(keeper, "STORE_S", HALF)
+        assert await keeps.kept() == ""
 
     asyncio.run(switched())
     assert Switches(path).now == made.now
     assert (made.now.failover, made.now.checkers) == (False, False)
+
+
+def test_what_could_not_be_stored_is_tried_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks in the field: the disk was full for a minute when the operator typed `stop`; a week
+    later the node runs again after a restart.
+    """
+    monkeypatch.setattr(keeper, "AGAIN_S", 0.01)
+    told: list[str] = []
+    full = threading.Event()
+    full.set()
+    synced, real = threading.Event(), os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if full.is_set():
+            raise OSError(errno.ENOSPC, "full")
+        real(descriptor)
+        synced.set()
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    made = Switches(path)
+    keeps = Keeper(made, told.append)
+    keeps.begin()
+    made.change(wanted=False, stop_reason="an operator")
+    assert "could not be stored" in asyncio.run(keeps.kept())
+    full.clear()
+    assert synced.wait(HALF)
+    assert asyncio.run(keeps.kept()) == ""
+    assert Switches(path).now.wanted is False
+    assert len(told) == 1, "the journal is not filled with it"
+
+
+def test_what_was_damaged_is_kept_aside(path: Path) -> None:
+    """Breaks in the field: one error while the file is read, and what was in it is gone."""
+    path.write_bytes(b"{")
+    made = Switches(path)
+    assert not made.untried, "nothing is written before something is switched"
+    change(made, failover=False)
+    assert path.with_suffix(".json.damaged").read_bytes() == b"{"
+    assert Switches(path).note == ""
 
 
 def test_the_data_are_durable_before_they_get_the_name(

@@ -320,8 +320,8 @@ TABLE: Final[tuple[Row, ...]] = (
     ),
     Row(
         "stop, the peer first",
-        lambda v: not v.wanted and v.stop_both and is_primary(v) and v.peer.heard
-        and (v.peer.wanted or v.peer.engine),
+        lambda v: not v.wanted and v.stop_both and is_primary(v)
+        and (v.listening or (v.peer.heard and (v.peer.wanted or v.peer.engine))),
         Step.NOTHING, lambda v: f"stopping: waiting until {v.settings.peer_name} has stopped",
     ),
     # Of a stopped node, too: the peer may have taken over the address that is still here.

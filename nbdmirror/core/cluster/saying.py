@@ -27,8 +27,9 @@ def said_of(v: View, *, names: bool) -> Body:
         facts_seen=v.peer.facts_id,
         swap_to=v.swap_to,
         deposed=v.served and not policy.is_primary(v),
-        # For as long as it waits for the other one, and no longer.
-        stop_both=v.stop_both and engine is not None,
+        # For as long as it waits for the other one, and no longer: one that does not serve any more
+        # has nothing to say about the one that does.
+        stop_both=v.stop_both and policy.is_primary(v),
         alone=engine is not None and engine.right_alone,
         service=v.service.value,
         data_state=engine.data_state if engine is not None else "",
