@@ -23,6 +23,7 @@ from nbdmirror.core.describe import describe
 from nbdmirror.core.leave import Word
 from nbdmirror.core.messages import Relay
 from nbdmirror.core.node import Node, Role
+from nbdmirror.core.record import COUNTER_MAX
 from nbdmirror.driver import Driver, Pool
 from nbdmirror.errors import NbdMirrorError, RefusedError, StaleCommandError
 from nbdmirror.events import EventLog
@@ -89,6 +90,7 @@ class ControlServer:
             "claim": self._claim,
             "claimed": self._claimed,
             "recorded": self._recorded,
+            "seen": self._seen,
             "reconnected": self._reconnected,
             "resync": self._resync,
             "drain": self._drain,
@@ -327,6 +329,7 @@ class ControlServer:
 
     def _claim(self, args: Arguments, guard: Guard) -> dict[str, Any]:
         record = generation_of(args) if "generation" in args else bytes(16)
+        self._note_counter(args)
         prepared = self._drive(guard(roles.claim(self._engine.node, record)))
         return {
             "generation": prepared["generation"].hex(),
@@ -335,13 +338,33 @@ class ControlServer:
 
     def _claimed(self, args: Arguments, guard: Guard) -> dict[str, Any]:
         won = bool(args.get("won", False))
+        self._note_counter(args)
         self._drive(guard(roles.claimed(self._engine.node, generation_of(args), won=won)))
         return self._state(args)
 
     def _recorded(self, args: Arguments, guard: Guard) -> dict[str, Any]:
         generation = generation_of(args)
+        self._note_counter(args)
         self._drive(guard(at_once(roles.recorded, self._engine.node, generation)))
         return self._state(args)
+
+    def _seen(self, args: Arguments, guard: Guard) -> dict[str, Any]:
+        """What a look at the arbiter found: whether it answers, and the record's counter."""
+        reachable = args.get("reachable")
+        if not isinstance(reachable, bool):
+            raise RefusedError("seen: reachable has to be true or false")
+        self._note_counter(args)
+        self._drive(guard(roles.seen(self._engine.node, reachable=reachable)))
+        return self._state(args)
+
+    def _note_counter(self, args: Arguments) -> None:
+        counter = args.get("counter")
+        if counter is None:
+            return
+        if type(counter) is not int or not 0 <= counter <= COUNTER_MAX:
+            raise RefusedError(f"counter has to be a number from 0 to {COUNTER_MAX}")
+        with self._engine.driver.lock:
+            self._engine.node.note_counter(counter)
 
     def _reconnected(self, args: Arguments, _guard: Guard) -> dict[str, Any]:
         # Changes nothing, so there is nothing that could be out of date.

@@ -5,20 +5,13 @@ against a real server. Nothing here repeats a request by itself: whoever claims 
 sent (rule 11), and settles by reading. Every call is bounded by the store's `timeout_ms`.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
-from nbdmirror.core.record import Record
+from nbdmirror.core.record import Held, Record
 
-IDENTITY_BYTES = 32
+__all__ = ["IDENTITY_BYTES", "Held", "Record", "RecordStore"]
 
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """What a read found. `version` is the store's own word for this content, for `swap`."""
-
-    version: str
-    record: Record
+IDENTITY_BYTES: Final = 32
 
 
 class RecordStore(Protocol):

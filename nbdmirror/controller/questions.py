@@ -32,7 +32,11 @@ class Questions:
 
     async def ask_arbiter(self, config: Config) -> None:
         """Ask; bounded by the arbiter's own time."""
-        self.verdict, self.reason = await self._arbiter.ask(config, boottime_ms())
+        self.answered(*await self._arbiter.ask(config, boottime_ms()))
+
+    def answered(self, verdict: Verdict, reason: str) -> None:
+        """By an arbiter with a memory."""
+        self.verdict, self.reason = verdict, reason
         self._verdict_ms = boottime_ms()
 
     def settle(self, v: View, now_ms: float) -> None:
@@ -44,6 +48,8 @@ class Questions:
             again = now_ms - self._asked_ms > ASK_AGAIN_MS
             self.asked_peer = self.asked_peer and no_engine and not again
             self._arbiter.heard()
-            self.verdict = Verdict.UNASKED
+            if not v.settings.memory:
+                # A record's answer is as good as it is old: it is no word about the peer.
+                self.verdict = Verdict.UNASKED
         if now_ms - self._verdict_ms > VERDICT_MS:
             self.verdict = Verdict.UNASKED

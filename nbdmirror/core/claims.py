@@ -41,6 +41,11 @@ def claimed_edit(sb: Superblock, claim: bytes, record: bytes = NO_GENERATION) ->
 
 def claim_now(node: Node, record: bytes) -> Path:
     """The body of claim."""
+    if node.right:
+        # Taken already: by the peer's word, by force, or by a claim that was won. What is left is
+        # that the record says so, and that needs neither a flush nor the end of a session.
+        held = node.sb.pending if any(node.sb.pending) else node.sb.generation
+        return {"generation": held, "record_holds": record_may_hold(node)}
     require_claimable(node, record)
     if node.session is not None and node.session.phase is Phase.SYNCED:
         raise RefusedError("claim: the peer is connected and in sync; nothing to claim")
@@ -48,7 +53,7 @@ def claim_now(node: Node, record: bytes) -> Path:
         raise RefusedError(f"claim: this node's disk failed: {node.failed}")
     if node.session is not None:
         node.lose_session(node.session, "a claim begins")
-    if not node.right and node.role is not Role.PRIMARY:
+    if node.role is not Role.PRIMARY:
         state = state_message(node)
         view = node_view(state, node.sb.mirror_id, node.sb.node_id)
         refusal = promotable(view, False, node.arbiter_has_memory)
@@ -58,9 +63,6 @@ def claim_now(node: Node, record: bytes) -> Path:
     yield from node.quiesce()
     yield from node.sync()
     holds = record_may_hold(node)
-    if node.right:
-        held = node.sb.pending if any(node.sb.pending) else node.sb.generation
-        return {"generation": held, "record_holds": holds}
     fresh = node.shell.random_bytes(16)
     if not claim_unsettled(node):
 
@@ -82,7 +84,7 @@ def require_claimable(node: Node, record: bytes) -> None:
         RefusedError: the record was not read, or names what this node may not claim from. Whoever
             commands takes it for a lost claim.
     """
-    if not node.arbiter_has_memory or node.right:
+    if not node.arbiter_has_memory:
         return
     if record == NO_GENERATION:
         raise RefusedError("claim: say what the record holds: it is read before a claim")

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+from nbdmirror.core.claims import record_may_hold
 from nbdmirror.core.decide import promotable
+from nbdmirror.core.negotiate import claim_unsettled
 from nbdmirror.core.node import Node
 from nbdmirror.core.superblock import Flags
 from nbdmirror.core.view import node_view, state_message
@@ -42,6 +44,12 @@ def describe(node: Node) -> dict[str, Any]:
         "hot_regions": len(node.log.hot),
         "intent_txn": node.log.txn,
         "term": sb.term,
+        "claim_unsettled": claim_unsettled(node),
+        "record_holds": [g.hex() for g in record_may_hold(node) if any(g)],
+        "forced_over": sb.forced_over.hex() if any(sb.forced_over) else "",
+        "history": [g.hex() for g in sb.history if any(g)],
+        "arbiter_counter": node.arbiter_counter,
+        "arbiter_identity": sb.arbiter_identity.hex(),
         "arbiter": sb.arbiter.name.lower(),
         "in_flight": len(node.inflight),
         "unflushed_bytes": node.unflushed_bytes,

@@ -17,7 +17,7 @@ from nbdmirror.core.superblock import (
     Superblock,
     advance_generation,
 )
-from nbdmirror.errors import StoreError
+from nbdmirror.errors import RefusedError, StoreError
 from nbdmirror.limits import BASE_COUNT_MAX
 
 NO_GENERATION = bytes(16)
@@ -53,6 +53,7 @@ class Durable:
         self.geometry = opened.dirty.geometry
         self.failed = ""
         self.failure_lost = False
+        self.arbiter_counter = self.sb.arbiter_counter
         self._storing = False
         self._store_waiters: list[Waiter] = []
         self._committing = False
@@ -73,6 +74,20 @@ class Durable:
         if not self.failed:
             self.failed = reason
             self.shell.emit("local-failure", reason=reason)
+
+    def note_counter(self, counter: int) -> None:
+        """The highest counter of the arbiter's record so far (rule 21); stored with what follows.
+
+        Raises:
+            RefusedError: a record that is behind what was seen already was set back.
+        """
+        if counter < self.arbiter_counter:
+            raise RefusedError(
+                f"the arbiter's record has counter {counter}, and {self.arbiter_counter} was seen "
+                "before: the store was set back, and what it says may have been taken by the peer "
+                "already"
+            )
+        self.arbiter_counter = counter
 
     # --- the superblock ----------------------------------------------------------------------
 
@@ -99,6 +114,7 @@ class Durable:
                 sequence=self.sb.sequence + 1,
                 own_txn=max(self.log.txn, wanted.own_txn),
                 peer_txn=max(self.log.peer_txn, wanted.peer_txn),
+                arbiter_counter=max(self.arbiter_counter, wanted.arbiter_counter),
             )
             yield (self.meta.write_superblock, wanted)
             self.sb = wanted

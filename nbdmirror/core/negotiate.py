@@ -316,8 +316,12 @@ def split_brain(node: Node, *, waits: bool) -> Path:
 
 
 def settle_settings(node: Node, theirs: State) -> None:
-    """What both can do is offered (trim that reads as zeros); of time-outs the larger counts."""
+    """What both can do is offered (trim that reads as zeros); of time-outs the larger counts.
+
+    Of the arbiter's record both remember the highest counter that one of them saw (rule 21).
+    """
     node.ack_timeout_ms = max(node.settings.ack_timeout_ms, theirs.ack_timeout_ms)
+    node.arbiter_counter = max(node.arbiter_counter, theirs.arbiter_counter)
     node.trim_ok = bool(theirs.trim_ok) and node.own_trim_ok
     node.fast_zero_ok = bool(theirs.fast_zero_ok) and node.own_fast_zero_ok
 

@@ -22,7 +22,6 @@ from nbdmirror.core.ports import MetaStore, Path, Shell, Store, Waiter
 from nbdmirror.core.ranges import RangeLocks
 from nbdmirror.core.session import EMPTY, Operation, Phase, Session, Verdict
 from nbdmirror.core.superblock import (
-    ArbiterKind,
     DataState,
     Flags,
     PendingKind,
@@ -159,7 +158,7 @@ class Node(Durable):
     @property
     def arbiter_has_memory(self) -> bool:
         """Whether the right to go alone comes from a compare-and-swap."""
-        return self.sb.arbiter not in (ArbiterKind.NONE, ArbiterKind.PING)
+        return self.sb.arbiter.has_memory
 
     def require_primary(self) -> int:
         """The role gate of every client operation (rule 6, section "life of a write", step 2).

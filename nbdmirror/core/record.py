@@ -57,6 +57,14 @@ class Record:
         return not self.moved and (self.owner, self.generation) == (node_id, generation)
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a read found. `version` is the store's own word for this content, for its `swap`."""
+
+    version: str
+    record: Record
+
+
 def encode(record: Record) -> bytes:
     """The bytes that are stored; the same for the same record."""
     facts = {

@@ -278,6 +278,8 @@ def claimed(node: Node, generation: bytes, *, won: bool) -> Path:
 
 def claimed_now(node: Node, generation: bytes, *, won: bool) -> Path:
     """The body of claimed."""
+    if won and node.right and generation in (node.sb.pending, node.sb.generation):
+        return  # the record says now what was so before
     if node.sb.pending_kind is not PendingKind.CLAIM or node.sb.pending != generation:
         raise RefusedError(f"claimed: {generation.hex()} is not the pending claim of this node")
     if not won:
@@ -335,6 +337,19 @@ def recorded(node: Node, generation: bytes) -> None:
         raise RefusedError(f"recorded: {generation.hex()} is not the pending joint generation")
     node.recorded = generation
     node.answer()
+
+
+def seen(node: Node, *, reachable: bool) -> Path:
+    """The arbiter was asked: whether it answers (rule 9), and the counter that was noted before.
+
+    Raises:
+        StoreError: the counter could not be stored.
+    """
+    node.arbiter_reachable = reachable
+    if node.question == "arbiter-unreachable" and reachable:
+        node.answer()
+    if node.sb.arbiter_counter < node.arbiter_counter:
+        yield from node.change(lambda sb: sb, always=True)
 
 
 def accept_peer(node: Node) -> Path:

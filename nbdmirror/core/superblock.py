@@ -80,6 +80,11 @@ class ArbiterKind(enum.IntEnum):
     S3 = 3
     AZURE_BLOB = 4
 
+    @property
+    def has_memory(self) -> bool:
+        """Whether the right to go on alone comes from a compare-and-swap."""
+        return self not in (ArbiterKind.NONE, ArbiterKind.PING)
+
 
 class Flags(enum.IntFlag):
     """Durable yes-or-no facts; the values are the bits on disk."""

@@ -1,12 +1,19 @@
 """A simulated arbiter: one record, compare-and-swap, linearizable reads, an unreliable way there.
 
-A request can be slow, can be applied although its answer is lost, and the arbiter can be down. It
-never lies: that is the contract of an arbiter with a memory.
+A request can be slow, can be applied although its answer is lost, or long after whoever sent it has
+given up waiting, and the arbiter can be down. It never lies: that is the contract of an arbiter
+with a memory. `at_arbiter` drives production's paths (core/cluster/claiming.py) over it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+from nbdmirror.core import record, roles
+from nbdmirror.core.cluster.claiming import Outcome, Read, Steps, Swap
+from nbdmirror.core.node import Node
 from nbdmirror.core.ports import Path
+from nbdmirror.errors import ArbiterError, NbdMirrorError, RefusedError
 from tests.sim.world import World, sleep
 
 NOBODY = -1
@@ -53,15 +60,98 @@ class Arbiter:
             return None
         return held
 
-    def swap(self, counter: int, generation: bytes, owner: int) -> Path:
+    def _arrives(self, counter: int, after: Held) -> None:
+        self._apply(counter, after)
+
+    def _apply(self, counter: int, after: Held) -> bool:
+        if self.held.counter != counter:
+            return False
+        self.held = after
+        name = "AB"[after.owner] if after.owner >= 0 else "nobody"
+        self.world.note(f"record: {after.generation.hex()[:8]} of {name}, counter {after.counter}")
+        return True
+
+    def swap(self, counter: int, after: int, generation: bytes, owner: int) -> Path:
         """Replace the record if its counter is still `counter`: True, False, or None (unknown)."""
         if not (yield from self._way()):
             return None
-        done = self.held.counter == counter
-        if done:
-            self.held = Held(counter + 1, generation, owner)
-            name = "AB"[owner] if owner >= 0 else "nobody"
-            self.world.note(f"record: {generation.hex()[:8]} of {name}, counter {counter + 1}")
+        rng = self.world.rng["net"]
+        if self.unreliable and rng.random() < 0.05:
+            # It waits in a queue on the way, and whoever sent it does not wait for so long.
+            late = (counter, Held(after, generation, owner))
+            self.world.at(rng.randrange(10, 6000), self.world.life, self._arrives, *late)
+            return None
+        done = self._apply(counter, Held(after, generation, owner))
         if not (yield from self._way()):
             return None
         return done
+
+
+def node_id(life: Any) -> int:
+    """What production calls the node of this engine."""
+    return int(life.node.sb.node_id)
+
+
+def at_arbiter(arbiter: Arbiter, node: Node, steps: Steps, slowly: Callable[[], Path]) -> Path:
+    """Drive one path; returns its Outcome.
+
+    Raises:
+        ArbiterError, RefusedError: as the path.
+    """
+    answer: Any = None
+    error: NbdMirrorError | None = None
+    while True:
+        try:
+            request = steps.throw(error) if error is not None else steps.send(answer)
+        except StopIteration as ended:
+            outcome: Outcome = ended.value
+            return outcome
+        answer, error = None, None
+        try:
+            if isinstance(request, Read):
+                answer = yield from _read(arbiter, node)
+            elif isinstance(request, Swap):
+                yield from slowly()
+                answer = yield from _swap(arbiter, request)
+            else:
+                answer = yield from _command(node, request.name, request.args)
+        except (ArbiterError, RefusedError) as refusal:
+            error = refusal
+
+
+def _read(arbiter: Arbiter, node: Node) -> Path:
+    held = yield from arbiter.read()
+    if held is None:
+        raise ArbiterError("no answer")
+    owner = held.owner + 1
+    return record.Held(
+        str(held.counter), record.Record(node.sb.mirror_id, held.counter, held.generation, owner)
+    )
+
+
+def _swap(arbiter: Arbiter, request: Swap) -> Path:
+    assert request.held is not None
+    wanted = request.record
+    done = yield from arbiter.swap(
+        int(request.held.version), wanted.counter, wanted.generation, wanted.owner - 1
+    )
+    if done is None:
+        raise ArbiterError("no answer")
+    return done
+
+
+def _command(node: Node, name: str, args: dict[str, Any]) -> Path:
+    """As the engine's control socket does it."""
+    generation = bytes.fromhex(args["generation"])
+    if "counter" in args:
+        node.note_counter(args["counter"])
+    if name == "claim":
+        prepared = yield from roles.claim(node, generation)
+        holds = [each.hex() for each in prepared["record_holds"]]
+        return {"generation": prepared["generation"].hex(), "record_holds": holds}
+    if name == "claimed":
+        yield from roles.claimed(node, generation, won=args["won"])
+    else:
+        assert name == "recorded"
+        roles.recorded(node, generation)
+    return {}

@@ -6,26 +6,28 @@ that has a memory the right comes from a claim, settled by a read; a node whose 
 taken out. One script per engine life, one shared operator who resolves what only an operator may.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from nbdmirror.core import roles
+from nbdmirror.core.cluster.claiming import Claimant, Steps
 from nbdmirror.core.decide import DecisionKind, decide, promotable
+from nbdmirror.core.describe import describe
 from nbdmirror.core.negotiate import claim_unsettled
-from nbdmirror.core.node import Node, Role
+from nbdmirror.core.node import Role
 from nbdmirror.core.ports import Path
 from nbdmirror.core.session import Phase
-from nbdmirror.core.superblock import DataState, Flags, PendingKind
+from nbdmirror.core.superblock import DataState, Flags
 from nbdmirror.core.view import node_view, state_message
-from nbdmirror.errors import NbdMirrorError
+from nbdmirror.errors import ArbiterError, NbdMirrorError, RefusedError
 from nbdmirror.limits import SILENCE_MS
-from tests.sim.arbiter import Arbiter, Held
+from tests.sim.arbiter import Arbiter, Held, at_arbiter, node_id
 from tests.sim.checks import Checker
 from tests.sim.host import EngineLife, Host
 from tests.sim.net import Network
 from tests.sim.words import Words
 from tests.sim.world import World, sleep
-
-NOBODY = -1
 
 
 class Commander:
@@ -49,6 +51,7 @@ class Commander:
         self.sane = False
         self.enabled = True
         self._refused_since_ms = 0
+        self._claimants: dict[EngineLife, Claimant] = {}
         self.words: Words
 
     # --- one engine ------------------------------------------------------------------------------
@@ -218,96 +221,49 @@ class Commander:
 
     def _take_over(self, life: EngineLife) -> Path:
         node = life.node
-        assert self.arbiter is not None
-        if node.right:
-            held = yield from self.arbiter.read()
-            if held is None or held.owner != life.host.index:
-                if held is None or Flags.PEER_OUTDATED not in node.sb.flags:
-                    return
-                yield from self._claim(life)
-                return
-        else:
+        if not node.right:
             yield from self._claim(life)
+        elif not (yield from self._makes_good(life)):
+            return
         if node.right and node.session is None and not self._peer_serves(life):
             yield from self._try(f"{life.name} promote", roles.promote(node))
 
+    def _makes_good(self, life: EngineLife) -> Path:
+        """Whether the record names this node, which has the right already."""
+        outcome = yield from self._at_arbiter(life, "make good", Claimant.make_good)
+        return outcome is not None and outcome.won
+
     def _claim(self, life: EngineLife) -> Path:
-        """Rule 11: read, store the proposal, swap, settle by reading."""
-        node, me = life.node, life.host.index
-        assert self.arbiter is not None
-        held = yield from self.arbiter.read()
-        if held is None:
+        """Rule 11, by the path of production; a clear no ends a freeze."""
+        if not self.sane and claim_unsettled(life.node) and self.rng.random() < 0.2:
+            yield from self._at_arbiter(life, "settle", Claimant.settle)
             return
-        result, done = yield from self._try(
-            f"{life.name} claim", roles.claim(node, held.generation)
-        )
-        if not done:
-            if claim_unsettled(node):
-                yield from self._give_up_claim(life)
-            elif held.owner not in (NOBODY, me) and node.frozen:
-                yield from self._try(f"{life.name} demote", roles.demote(node))
-            return
-        claim: bytes = result["generation"]
-        holds: list[bytes] = result["record_holds"]
-        if not self.sane and self.rng.random() < 0.3:
-            # The way to the arbiter takes its time, and the other node may be first.
-            yield (sleep, self.rng.randrange(200, 3000))
-        while not (held.owner == me and held.generation == claim):
-            if held.owner not in (NOBODY, me) or (
-                held.owner == NOBODY and held.generation not in holds
-            ):
-                yield from self._settled(life, claim, won=False)
-                return
-            yield from self.arbiter.swap(held.counter, claim, me)
-            read = None
-            while read is None:
-                yield (sleep, self.rng.randrange(20, 200))
-                read = yield from self.arbiter.read()
-            held = read
-        yield from self._settled(life, claim, won=True)
-
-    def _give_up_claim(self, life: EngineLife) -> Path:
-        """Settle the claim of an earlier life that this one may not pursue.
-
-        The record is written as it is: after that no swap of the earlier life can be applied.
-        """
-        node, claim = life.node, life.node.sb.pending
-        assert self.arbiter is not None
-        won = done = None
-        while not won and not done:
-            held = yield from self.arbiter.read()
-            if held is not None:
-                won = held.owner == life.host.index and held.generation == claim
-                if not won:
-                    done = yield from self.arbiter.swap(held.counter, held.generation, held.owner)
-        if node.sb.pending == claim:
-            yield from self._settled(life, claim, won=bool(won))
-
-    def _settled(self, life: EngineLife, claim: bytes, *, won: bool) -> Path:
-        node = life.node
-        if node.sb.pending_kind is PendingKind.CLAIM and node.sb.pending == claim:
-            path = roles.claimed(node, claim, won=won)
-            yield from self._try(f"{life.name} claimed won={won}", path)
-        elif not won and node.role is Role.PRIMARY:
-            yield from self._try(f"{life.name} demote", roles.demote(node))
+        outcome = yield from self._at_arbiter(life, "claim", Claimant.claim)
+        if outcome is not None and not outcome.won and life.node.frozen:
+            yield from self._try(f"{life.name} demote", roles.demote(life.node))
 
     def _record_joint(self, life: EngineLife) -> Path:
         """Part (b) of the joint step."""
-        node = life.node
+        yield from self._at_arbiter(life, "record joint", Claimant.record_joint)
+
+    def _at_arbiter(self, life: EngineLife, name: str, path: Callable[..., Steps]) -> Path:
+        """Drive one of production's paths; returns its Outcome, or None when it has none yet."""
         assert self.arbiter is not None
-        joint = node.sb.pending
-        while node.question == "record-joint" and node.sb.pending == joint:
-            held = yield from self.arbiter.read()
-            if held is None:
-                continue
-            if held.generation == joint:
-                yield from self._try(f"{life.name} recorded", told(roles.recorded, node, joint))
-                return
-            if node.session is None or node.sb.pending_kind is not PendingKind.JOINT:
-                return
-            if node.sb.pending != joint:
-                return
-            yield from self.arbiter.swap(held.counter, joint, NOBODY)
+        claimant = self._claimants.setdefault(life, Claimant(life.node.sb.mirror_id, node_id(life)))
+        try:
+            outcome = yield from at_arbiter(
+                self.arbiter, life.node, path(claimant, describe(life.node)), self._slowly
+            )
+        except (ArbiterError, RefusedError) as error:
+            self.world.note(f"{life.name} {name}: {error}")
+            return None
+        self.world.note(f"{life.name} {name}: {outcome.won}, {outcome.reason}")
+        return outcome
+
+    def _slowly(self) -> Path:
+        """The way to the arbiter takes its time, and the other node may be first."""
+        if not self.sane and self.rng.random() < 0.15:
+            yield (sleep, self.rng.randrange(200, 3000))
 
     # --- the operator -----------------------------------------------------------------------------
 
@@ -375,18 +331,15 @@ class Commander:
 
     def _name_in_record(self, keeper: Host) -> Path:
         """Rule 14: a force replaces the record, whatever it holds."""
+        forced = partial(Claimant.make_good, forced_now=True)
         while self.arbiter is not None:
-            held = yield from self.arbiter.read()
-            # After the read: a joint step that changed the record has given up the right before.
-            if keeper.node is None or not keeper.node.right:
+            life = keeper.life
+            if life is None or not life.node.right:
                 return
-            if held is None:
-                continue
-            sb = keeper.node.sb
-            generation = sb.pending if any(sb.pending) else sb.generation
-            if (held.generation, held.owner) == (generation, keeper.index):
+            outcome = yield from self._at_arbiter(life, "force", forced)
+            if outcome is not None and outcome.won:
                 return
-            yield from self.arbiter.swap(held.counter, generation, keeper.index)
+            yield (sleep, 50)
 
     def _worth(self, host: Host) -> tuple[bool, ...]:
         """How much an operator would want to keep a copy."""
@@ -410,9 +363,3 @@ class Commander:
             and not node.fell_back
             and not node.failed
         )
-
-
-def told(function: Any, node: Node, generation: bytes) -> Path:
-    """A plain command as a path."""
-    function(node, generation)
-    yield from ()

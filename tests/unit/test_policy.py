@@ -10,7 +10,16 @@ from typing import Any, Final
 import pytest
 
 from nbdmirror.core.cluster.policy import TABLE, UNKNOWN_PEER, Step, candidate, decide
-from nbdmirror.core.cluster.view import Engine, OrderKind, Peer, Service, Settings, Verdict, View
+from nbdmirror.core.cluster.view import (
+    Engine,
+    OrderKind,
+    Peer,
+    Service,
+    Settings,
+    Standing,
+    Verdict,
+    View,
+)
 
 ME: Final = Settings(node_id=1, peer_id=2, peer_name="beta")
 IDLE: Final = Engine(
@@ -51,6 +60,8 @@ SECOND: Final = peer(role="SECOND", readiness="ready", promotable=True)
 NAMES_ME: Final = peer(promotable=True, candidate=1, facts_seen="f")
 UP: Final = Service.UP
 MET: Final = engine(met=True)
+MEMORY: Final = replace(ME, memory=True)
+RIGHT: Final = engine(right_alone=True, was_primary=True)
 
 # (row, step, a part of its sentence, the view)
 CASES: Final[tuple[tuple[str, Step, str, View], ...]] = (
@@ -99,6 +110,18 @@ CASES: Final[tuple[tuple[str, Step, str, View], ...]] = (
     ("frozen, yes", Step.ALONE, "goes on alone", view(
         engine=frozen(), peer=TALKS, asked_peer=True, verdict=Verdict.YES)),
     ("frozen", Step.ASK_ARBITER, "the arbiter is asked", view(engine=frozen(), service=UP)),
+    ("frozen", Step.ASK_ARBITER, "the arbiter is asked", view(
+        engine=frozen(), settings=MEMORY, verdict=Verdict.YES)),
+    ("frozen, unknown", Step.NOTHING, "no answer: time-out", view(
+        engine=frozen(), settings=MEMORY, verdict=Verdict.UNKNOWN, verdict_reason="time-out")),
+    ("frozen, unknown", Step.NOTHING, "no answer", view(
+        engine=frozen(held=True, peer_outdated=True), settings=MEMORY, verdict=Verdict.UNKNOWN)),
+    ("frozen, too long", Step.DEMOTE, "by now: time-out", view(
+        engine=frozen(held=True), settings=MEMORY, verdict=Verdict.UNKNOWN,
+        verdict_reason="time-out", service=UP)),
+    ("gives way", Step.LEAVE, "lost the right: it names beta", view(
+        engine=primary(phase="", right_alone=True), settings=MEMORY, service=UP,
+        record=Standing.PEER, record_reason="it names beta")),
     ("restart, going down", Step.NOTHING, "restarting", view(
         engine=primary(), order=OrderKind.RESTART, order_from="him", service=Service.LEAVING)),
     ("restart", Step.LEAVE, "restarting the application: him", view(
@@ -133,6 +156,33 @@ CASES: Final[tuple[tuple[str, Step, str, View], ...]] = (
     ("ordered", Step.PROMOTE, "made primary: him", view(
         engine=engine(data_state="outdated", promote_refusal="it is outdated"),
         order=OrderKind.PRIM, order_from="him")),
+    ("ordered", Step.PROMOTE, "made primary", view(
+        engine=engine(), order=OrderKind.PRIM, settings=MEMORY, forced=True)),
+    ("ordered", Step.PROMOTE, "made primary", view(
+        engine=RIGHT, order=OrderKind.PRIM, settings=MEMORY, record=Standing.MINE)),
+    ("ordered, claim", Step.ASK_ARBITER, "asked: him", view(
+        engine=engine(), order=OrderKind.PRIM, order_from="him", settings=MEMORY)),
+    ("ordered, no", Step.NOTHING, "names beta", view(
+        engine=engine(), order=OrderKind.PRIM, settings=MEMORY, verdict=Verdict.NO,
+        verdict_reason="it names beta")),
+    ("ordered, unread", Step.NOTHING, "not read yet", view(
+        engine=RIGHT, order=OrderKind.PRIM, settings=MEMORY)),
+    ("unsettled", Step.SETTLE, "not settled", view(
+        engine=engine(claim_unsettled=True), peer=TALKS, settings=MEMORY)),
+    ("right, claim", Step.ASK_ARBITER, "asked for the right", view(
+        engine=engine(peer_outdated=True), settings=MEMORY)),
+    ("right, no", Step.NOTHING, "names beta", view(
+        engine=engine(peer_outdated=True), settings=MEMORY, verdict=Verdict.NO,
+        verdict_reason="it names beta")),
+    ("right, unread", Step.NOTHING, "not read yet", view(engine=RIGHT, settings=MEMORY)),
+    ("right, unread", Step.NOTHING, "it names beta", view(
+        engine=RIGHT, settings=MEMORY, record=Standing.PEER, record_reason="it names beta")),
+    ("right", Step.PROMOTE, "known to be behind", view(
+        engine=RIGHT, settings=MEMORY, record=Standing.MINE)),
+    ("takeover, unknown", Step.NOTHING, "no answer: time-out", view(
+        engine=MET, settings=MEMORY, verdict=Verdict.UNKNOWN, verdict_reason="time-out")),
+    ("silent", Step.ASK_ARBITER, "may take over", view(
+        engine=MET, settings=MEMORY, verdict=Verdict.YES)),
     ("disk failed", Step.NOTHING, "EIO", view(engine=engine(failed="EIO"), peer=TALKS)),
     ("busy", Step.NOTHING, "comparing", view(engine=engine(phase="negotiating"), peer=TALKS)),
     ("busy", Step.NOTHING, "comparing", view(engine=engine(changing="leave", met=True))),

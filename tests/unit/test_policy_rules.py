@@ -27,7 +27,16 @@ from nbdmirror.core.cluster.policy import (
     promotable,
     silent,
 )
-from nbdmirror.core.cluster.view import Engine, OrderKind, Peer, Service, Settings, Verdict, View
+from nbdmirror.core.cluster.view import (
+    Engine,
+    OrderKind,
+    Peer,
+    Service,
+    Settings,
+    Standing,
+    Verdict,
+    View,
+)
 from tests.unit.test_policy import CASES
 
 FLAG: Final = st.booleans()
@@ -43,7 +52,7 @@ ENGINES: Final = st.builds(
     phase=st.sampled_from(("", "", "negotiating", "resync", "joint", "synced", "synced")),
     met=FLAG, peer_primary=RARELY, peer_attended=FLAG, peer_outdated=RARELY,
     promote_refusal=SOME, was_primary=FLAG, stop_first=RARELY, split=RARELY, refusal=SOME,
-    changing=st.sampled_from(("", "", "", "leave")),
+    changing=st.sampled_from(("", "", "", "leave")), claim_unsettled=RARELY, held=FLAG,
 )  # fmt: skip
 PEERS: Final = st.builds(
     Peer, heard=FLAG, ever_heard=FLAG, role=st.sampled_from(("WAIT", "SECOND", "PRIM")),
@@ -56,7 +65,8 @@ VIEWS: Final = st.builds(
     View,
     settings=st.builds(
         Settings, node_id=st.just(1), peer_id=st.just(2), preferred_id=IDS, preferred_last=FLAG,
-        takeover=st.sampled_from((True, True, False)), failover=st.sampled_from((True, True, False))
+        takeover=st.sampled_from((True, True, False)),
+        failover=st.sampled_from((True, True, False)), memory=FLAG,
     ),
     wanted=st.sampled_from((True, True, False)), stop_reason=st.just("a reason"), stop_both=FLAG,
     engine=st.none() | ENGINES | ENGINES, engine_given_up=SOME, died_serving=FLAG, spoken=FLAG,
@@ -64,7 +74,8 @@ VIEWS: Final = st.builds(
     service=st.sampled_from((Service.DOWN, Service.DOWN, *Service)), service_reason=SOME,
     leftovers=RARELY, before_down=SOME, verdict=st.sampled_from(Verdict), verdict_reason=SOME,
     asked_peer=FLAG, held_back=SOME, order=st.none() | st.sampled_from(OrderKind),
-    order_from=SOME, swap_to=IDS, facts_id=st.sampled_from(("a", "b")),
+    order_from=SOME, forced=FLAG, record=st.sampled_from(Standing), record_reason=SOME,
+    swap_to=IDS, facts_id=st.sampled_from(("a", "b")),
 )  # fmt: skip
 
 # What is tried beside a view that was written by hand.
@@ -74,6 +85,8 @@ FACTS: Final[dict[str, tuple[Any, ...]]] = {
     "service": tuple(Service), "leftovers": (True,), "before_down": ("full",),
     "verdict": tuple(Verdict), "asked_peer": (True, False), "held_back": ("a mount",),
     "order": (None, *OrderKind), "swap_to": IDS_TRIED, "facts_id": ("newer",),
+    "record": tuple(Standing), "forced": (True, False), "settings.memory": (True, False),
+    "engine.claim_unsettled": (True, False), "engine.held": (True, False),
     "settings.takeover": (False,), "settings.failover": (False,),
     "settings.preferred_id": IDS_TRIED,
     "engine.primary": (True, False), "engine.frozen": (True, False), "engine.asks": (True, False),
@@ -178,6 +191,19 @@ RULES: Final = (
          lambda v, s: s in (Step.PROMOTE, Step.ALONE, Step.ASK_ARBITER) and v.listening
          and not v.peer.heard and of_engine(v).phase == "",
          "listening", applies=lambda _v: False),
+    rule("with a memory nobody is promoted without contact but by the record, or by force",
+         lambda v, s: s is Step.PROMOTE and v.settings.memory and of_engine(v).phase == ""
+         and not (by_order(v) and v.forced)
+         and not (of_engine(v).right_alone and v.record is Standing.MINE),
+         "right, claim", step=Step.PROMOTE),
+    rule("with a memory the record is claimed, not asked for a yes",
+         lambda v, s: s is Step.ALONE and v.settings.memory,
+         "frozen", step=Step.ALONE),
+    rule("a right that the record gave to the peer is not used",
+         lambda v, s: s in (Step.ENTER, Step.PROMOTE) and v.settings.memory and v.wanted
+         and of_engine(v).right_alone and of_engine(v).phase == ""
+         and v.record is Standing.PEER and not (by_order(v) and v.forced),
+         "gives way, demote", applies=lambda _v: False),
     rule("an application is started on a primary that serves, and when all is well",
          lambda v, s: s is Step.ENTER and not (
              is_primary(v) and not of_engine(v).frozen and v.service is Service.DOWN
@@ -199,7 +225,8 @@ RULES: Final = (
          "gives way, demote", step=Step.ALONE),
     rule("a demotion comes after the application, unless the arbiter has said no",
          lambda v, s: s is Step.DEMOTE and not (
-             is_primary(v) and (v.service is Service.DOWN or v.verdict is Verdict.NO)),
+             is_primary(v) and (v.service is Service.DOWN or v.verdict is Verdict.NO
+                                or (v.verdict is Verdict.UNKNOWN and of_engine(v).held))),
          "gives way", step=Step.DEMOTE),
     rule("an engine is started for a node that shall run, while nobody gave it up",
          lambda v, s: s is Step.START_ENGINE

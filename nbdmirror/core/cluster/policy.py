@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, TypeAlias
 
-from nbdmirror.core.cluster.view import Engine, OrderKind, Service, Verdict, View
+from nbdmirror.core.cluster.view import Engine, OrderKind, Service, Standing, Verdict, View
 
 
 class Step(StrEnum):
@@ -47,6 +47,7 @@ class Step(StrEnum):
     ALONE = "go on alone"
     ASK_PEER = "ask the peer to leave"
     ASK_ARBITER = "ask the arbiter"
+    SETTLE = "settle the claim"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +118,31 @@ def holds_right(v: View) -> bool:
 
 
 def may_use_right(v: View) -> bool:
-    """Whether a node that holds the right uses it: the last primary does in any case."""
+    """Whether a node that holds the right uses it: the last primary does in any case.
+
+    With a memory the right is the record's to give (rules 11 and 12); beside a peer that is being
+    copied to it needs no look, for such a peer may not claim.
+    """
+    given = engine(v).right_alone and (v.record is Standing.MINE or bool(engine(v).phase))
+    return would_use_right(v) and (given or not v.settings.memory)
+
+
+def would_use_right(v: View) -> bool:
+    """Whether nothing but the record is open."""
     able = holds_right(v) and promotable(v) and not peer_serves(v)
     return able and (may_take_over(v) or engine(v).was_primary)
+
+
+def must_claim(v: View) -> bool:
+    """Whether the right has to come from the record first (rule 12: "peer outdated" is none)."""
+    e = engine(v)
+    return v.settings.memory and not e.right_alone and not e.phase
+
+
+def must_be_read(v: View) -> bool:
+    """Whether this node has the right, but for what the record says by now."""
+    e = engine(v)
+    return v.settings.memory and e.right_alone and not e.phase and v.record is not Standing.MINE
 
 
 def may_take_over(v: View) -> bool:
@@ -245,6 +268,11 @@ def verdict_is(*verdicts: Verdict) -> Test:
     return lambda v: v.verdict in verdicts
 
 
+def says_yes(v: View) -> bool:
+    """The yes of an arbiter without a memory. Of the others the record is the yes."""
+    return v.verdict is Verdict.YES and not v.settings.memory
+
+
 def order_is(kind: OrderKind) -> Test:
     """A test of the order."""
     return lambda v: v.order is kind
@@ -275,7 +303,12 @@ def gives_way(v: View) -> bool:
     """Whether this node must stop serving for its peer to be right."""
     e = engine(v)
     replaced = v.peer.heard and v.peer.primary and not e.right_alone and not e.synced
-    return e.stop_first or (e.split and not e.right_alone) or replaced
+    return e.stop_first or (e.split and not e.right_alone) or replaced or deposed(v)
+
+
+def deposed(v: View) -> bool:
+    """Whether the record gave the right to the peer (rule 14)."""
+    return v.settings.memory and engine(v).right_alone and v.record is Standing.PEER
 
 
 def gives_way_reason(v: View) -> str:
@@ -283,7 +316,15 @@ def gives_way_reason(v: View) -> str:
     e = engine(v)
     if e.stop_first or e.split:
         return e.refusal or "this node's copy is the one that waits"
+    if deposed(v):
+        return f"this node has lost the right: {v.record_reason}"
     return f"{v.settings.peer_name} serves, and this node has no right of its own"
+
+
+def record_text(v: View) -> str:
+    """What is known of the record, of a node that needs it to say more."""
+    found = v.record_reason or "it was not read yet"
+    return f"this node had the right; whether it still has says the arbiter's record: {found}"
 
 
 def speaks(v: View) -> bool:
@@ -367,8 +408,18 @@ TABLE: Final[tuple[Row, ...]] = (
         lambda v: f"the arbiter says no: {v.verdict_reason}",
     ),
     Row(
-        "frozen, yes", primary_and(frozen, verdict_is(Verdict.YES)), Step.ALONE,
+        "frozen, yes", primary_and(frozen, says_yes), Step.ALONE,
         lambda v: f"the peer is lost and this node goes on alone: {v.verdict_reason}",
+    ),
+    Row(
+        "frozen, too long",
+        primary_and(frozen, verdict_is(Verdict.UNKNOWN), lambda v: engine(v).held,
+                    lambda v: not engine(v).peer_outdated and may_take_over(v)),
+        Step.DEMOTE, lambda v: f"nobody says whether the peer serves by now: {v.verdict_reason}",
+    ),
+    Row(
+        "frozen, unknown", primary_and(frozen, verdict_is(Verdict.UNKNOWN)), Step.NOTHING,
+        lambda v: f"the peer is lost, and the arbiter gives no answer: {v.verdict_reason}",
     ),
     Row(
         "frozen", primary_and(frozen), Step.ASK_ARBITER,
@@ -430,11 +481,28 @@ TABLE: Final[tuple[Row, ...]] = (
         lambda v: f"to be made primary, but not yet: {v.held_back}",
     ),
     Row(
+        "ordered, no", both(ordered, lambda v: not v.forced and must_claim(v),
+                            verdict_is(Verdict.NO, Verdict.UNKNOWN)), Step.NOTHING,
+        lambda v: f"to be made primary, but the arbiter does not let it: {v.verdict_reason}",
+    ),
+    Row(
+        "ordered, claim", both(ordered, lambda v: not v.forced and must_claim(v)),
+        Step.ASK_ARBITER, lambda v: f"to be made primary, the arbiter is asked: {v.order_from}",
+    ),
+    Row(
+        "ordered, unread", both(ordered, lambda v: not v.forced and must_be_read(v)),
+        Step.NOTHING, record_text,
+    ),
+    Row(
         "ordered", ordered, Step.PROMOTE,
         lambda v: f"made primary: {v.order_from}",
     ),
     Row("disk failed", lambda v: bool(engine(v).failed), Step.NOTHING,
         lambda v: f"this node's disk failed: {engine(v).failed}; look at it, then stop and start"),
+    Row(
+        "unsettled", lambda v: engine(v).claim_unsettled and v.peer.heard, Step.SETTLE,
+        "a claim at the arbiter is not settled; until then the peer is not met",
+    ),
     Row(
         "busy", lambda v: bool(engine(v).changing) or engine(v).phase == "negotiating",
         Step.NOTHING, "the two engines are comparing what they know",
@@ -469,13 +537,26 @@ TABLE: Final[tuple[Row, ...]] = (
         "right", may_use_right, Step.PROMOTE,
         "the peer is known to be behind, and this copy is complete",
     ),
+    Row(
+        "right, no", both(would_use_right, must_claim, verdict_is(Verdict.NO, Verdict.UNKNOWN)),
+        Step.NOTHING, lambda v: f"the peer is known to be behind, but: {v.verdict_reason}",
+    ),
+    Row(
+        "right, claim", both(would_use_right, must_claim), Step.ASK_ARBITER,
+        "the peer is known to be behind; the arbiter is asked for the right",
+    ),
+    Row("right, unread", both(would_use_right, must_be_read), Step.NOTHING, record_text),
     Row("waits", waits_alone, Step.NOTHING, silence_reason),
+    Row(
+        "takeover, unknown", both(silent, verdict_is(Verdict.UNKNOWN)), Step.NOTHING,
+        lambda v: f"the peer is silent, and the arbiter gives no answer: {v.verdict_reason}",
+    ),
     Row(
         "takeover, no", both(silent, verdict_is(Verdict.NO)), Step.NOTHING,
         lambda v: f"the peer is silent, and the arbiter says no: {v.verdict_reason}",
     ),
     Row(
-        "takeover", both(silent, verdict_is(Verdict.YES)), Step.PROMOTE,
+        "takeover", both(silent, says_yes), Step.PROMOTE,
         lambda v: f"the peer is silent, on every network and on the channel: {v.verdict_reason}",
     ),
     Row(

@@ -47,9 +47,14 @@ def no_promise_c(arbiter: str) -> str:
     return PROMISE_C
 
 
-def promises(state: Mapping[str, Any], arbiter: str) -> list[str]:
-    """Which of the three promises are in force now, in the words of the documentation."""
+def promises(state: Mapping[str, Any], arbiter: str, trouble: str = "") -> list[str]:
+    """Which of the three promises are in force now, in the words of the documentation.
+
+    `trouble`: why an arbiter with a memory cannot be asked now.
+    """
     last = no_promise_c(arbiter)
+    if trouble and arbiter not in NO_MEMORY:
+        last += f"; the price, now: without its arbiter no node goes on alone ({trouble})"
     mode = mode_of(state)
     if mode == "mirrored":
         return [PROMISE_A, PROMISE_B, last]

@@ -51,6 +51,16 @@ class Verdict(StrEnum):
     UNASKED = "unasked"
     YES = "yes"
     NO = "no"
+    UNKNOWN = "unknown"  # asked, and no clear answer
+
+
+class Standing(StrEnum):
+    """Whom the record of an arbiter with a memory names, as far as it was read a moment ago."""
+
+    UNREAD = "unread"
+    MINE = "mine"
+    NOBODY = "nobody"
+    PEER = "peer"
 
 
 class OrderKind(StrEnum):
@@ -68,7 +78,8 @@ class Engine:
     """The engine's state, as far as decisions need it. `phase` is "" without a session.
 
     `asks`: clients wait, and nothing that is under way will end that. `met`: its last session was
-    in sync, it ended, and nothing was decided over it since.
+    in sync, it ended, and nothing was decided over it since. `held`: a freeze is past its bound.
+    `claim_unsettled`: it may have been won, and nobody is met before that is known.
     """
 
     instance: str
@@ -91,6 +102,8 @@ class Engine:
     split: bool
     refusal: str
     changing: str
+    claim_unsettled: bool = False
+    held: bool = False
 
     @property
     def synced(self) -> bool:
@@ -128,7 +141,10 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the configuration and the operator's switches say."""
+    """What the configuration and the operator's switches say.
+
+    `memory`: the arbiter has one, so the right to serve alone comes from its record.
+    """
 
     node_id: int
     peer_id: int
@@ -137,6 +153,7 @@ class Settings:
     preferred_last: bool = False
     takeover: bool = True
     failover: bool = True
+    memory: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +164,8 @@ class View:
     is written here any more, so that both copies end equal. `held_back`: why it may not be primary
     now, "" if it may. `engine_given_up`: why no engine is started any more. `spoken`: the words of
     leaving for the engine that died were tried. `asked_peer`: the peer was asked to leave in this
-    freeze. `served`: it took the role, and has not given it up in order.
+    freeze. `served`: it took the role, and has not given it up in order. `forced`: the order is to
+    be carried out against what the metadata says.
     """
 
     settings: Settings
@@ -171,6 +189,9 @@ class View:
     held_back: str = ""
     order: OrderKind | None = None
     order_from: str = ""
+    forced: bool = False
+    record: Standing = Standing.UNREAD
+    record_reason: str = ""
     swap_to: int = 0
     facts_id: str = ""
 
@@ -200,4 +221,6 @@ def engine_of(state: Mapping[str, Any]) -> Engine:
         split="split" in flags,
         refusal=str(state.get("refusal", "")).replace(BY_HAND, BY_ORDER),
         changing=str(state.get("changing", "")),
+        claim_unsettled=bool(state.get("claim_unsettled")),
+        held=bool(state.get("held")),
     )
