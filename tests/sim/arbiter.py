@@ -13,7 +13,7 @@ from nbdmirror.core import record, roles
 from nbdmirror.core.cluster.claiming import Outcome, Read, Steps, Swap
 from nbdmirror.core.node import Node
 from nbdmirror.core.ports import Path
-from nbdmirror.errors import ArbiterError, NbdMirrorError, RefusedError
+from nbdmirror.errors import ArbiterError, NbdMirrorError
 from tests.sim.world import World, sleep
 
 NOBODY = -1
@@ -96,7 +96,7 @@ def at_arbiter(arbiter: Arbiter, node: Node, steps: Steps, slowly: Callable[[], 
     """Drive one path; returns its Outcome.
 
     Raises:
-        ArbiterError, RefusedError: as the path.
+        NbdMirrorError: as the path.
     """
     answer: Any = None
     error: NbdMirrorError | None = None
@@ -115,8 +115,8 @@ def at_arbiter(arbiter: Arbiter, node: Node, steps: Steps, slowly: Callable[[], 
                 answer = yield from _swap(arbiter, request)
             else:
                 answer = yield from _command(node, request.name, request.args)
-        except (ArbiterError, RefusedError) as refusal:
-            error = refusal
+        except NbdMirrorError as raised:
+            error = raised
 
 
 def _read(arbiter: Arbiter, node: Node) -> Path:

@@ -20,7 +20,7 @@ from nbdmirror.core.ports import Path
 from nbdmirror.core.session import Phase
 from nbdmirror.core.superblock import DataState, Flags
 from nbdmirror.core.view import node_view, state_message
-from nbdmirror.errors import ArbiterError, NbdMirrorError, RefusedError
+from nbdmirror.errors import NbdMirrorError
 from nbdmirror.limits import SILENCE_MS
 from tests.sim.arbiter import Arbiter, Held, at_arbiter, node_id
 from tests.sim.checks import Checker
@@ -254,7 +254,7 @@ class Commander:
             outcome = yield from at_arbiter(
                 self.arbiter, life.node, path(claimant, describe(life.node)), self._slowly
             )
-        except (ArbiterError, RefusedError) as error:
+        except NbdMirrorError as error:
             self.world.note(f"{life.name} {name}: {error}")
             return None
         self.world.note(f"{life.name} {name}: {outcome.won}, {outcome.reason}")

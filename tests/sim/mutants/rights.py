@@ -5,7 +5,7 @@ here.
 
 from typing import Final
 
-from tests.sim.mutants.mutant import Edit, Mutant, core
+from tests.sim.mutants.mutant import Mutant, core
 
 RIGHTS: Final = (
     # --- 20: who the peer is ---------------------------------------------------------------------
@@ -142,10 +142,11 @@ RIGHTS: Final = (
     Mutant(
         "record-only-from-mine", 9,
         "(reseed) the record is set only from what the source knows: the pair never gets in sync",
-        (Edit("tests/sim/commander.py",
-              "            if node.session is None or node.sb.pending_kind is not"
-              " PendingKind.JOINT:\n",
-              "            if held.generation != node.sb.generation or node.session is None:\n"),),
+        core("cluster/claiming",
+             "            record = self._after(record, state, joint, NOBODY)\n",
+             "            if record is None or record.generation.hex() != state['generation']:\n"
+             "                return Outcome(False, 'of another line')\n"
+             "            record = self._after(record, state, joint, NOBODY)\n"),
         arbiters=("memory",),
     ),
     # --- 10: freeze, flush, then the right -------------------------------------------------------
