@@ -14,6 +14,7 @@ NBDMIRROR_PACKAGES=(
     qemu-utils qemu-system-common fio                # clients and loads that we did not write
     iproute2 iputils-ping nftables                   # hosts and cuts on one machine
     haproxy                                          # a load balancer that asks the probe
+    etcd-server                                      # an arbiter with a memory
     stress-ng                                        # load on every core, for the bench of failovers
     procps strace sqlite3                            # faults, and an application to mirror
     user-mode-linux                                  # a kernel of its own, for the OOM killer

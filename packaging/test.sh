@@ -32,6 +32,8 @@ tidy_up() {
 }
 
 timeout --foreground --kill-after=10 900 bash packaging/setup.sh || { warn "setup failed"; exit 1; }
+timeout --foreground --kill-after=10 "$(left)" bash packaging/azurite.sh ||
+    { warn "Azurite, which the tests need, is not there"; exit 1; }
 export PATH="$NBDMIRROR_VENV/bin:$PATH"
 
 TMPDIR=$(mktemp -d /tmp/nm.XXXXXX) || exit 1   # short: Unix sockets have 107 characters
