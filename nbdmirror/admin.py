@@ -22,6 +22,7 @@ from nbdmirror.core.intentlog import IntentLog
 from nbdmirror.core.superblock import (
     ID_BYTES,
     NO_ID,
+    ArbiterKind,
     DataState,
     Flags,
     Superblock,
@@ -204,8 +205,10 @@ def superblock_facts(sb: Superblock) -> dict[str, Any]:
             facts[name] = [each.hex() for each in value]
         elif isinstance(value, Flags):
             facts[name] = [str(flag.name).lower() for flag in value]  # as the engine's state
-        elif name in {"data_state", "pending_kind", "arbiter"}:
-            facts[name] = value.name.lower().replace("_", "-")
+        elif isinstance(value, ArbiterKind):
+            facts[name] = value.word
+        elif name in {"data_state", "pending_kind"}:
+            facts[name] = value.name.lower()
         else:
             facts[name] = value
     return facts

@@ -381,7 +381,7 @@ class Conductor:
 
     async def _ask_arbiter(self) -> None:
         await self.questions.ask_arbiter(self.config)
-        kind, q = self.config.arbiter.name.lower(), self.questions
+        kind, q = self.config.arbiter.word, self.questions
         self.tell(f"arbiter {kind}: {q.verdict.value}: {q.reason}")
 
     async def _ask_peer(self) -> None:

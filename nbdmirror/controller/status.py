@@ -57,13 +57,13 @@ def status_of(c: "Conductor") -> dict[str, Any]:
         },
         "actions": actions(c),
         "arbiter": {
-            "kind": c.config.arbiter.name.lower(),
+            "kind": c.config.arbiter.word,
             "verdict": v.verdict.value,
             "reason": c.questions.reason,
         },
         "takeover": c.config.takeover,
         "preferred": c.config.preferred,
-        "promise": promises(c.engine_state or {}, c.config.arbiter.name.lower()),
+        "promise": promises(c.engine_state or {}, c.config.arbiter.word),
         "order": order_of(v),
         "controller": {
             "pid": os.getpid(),

@@ -50,7 +50,7 @@ def describe(node: Node) -> dict[str, Any]:
         "history": [g.hex() for g in sb.history if any(g)],
         "arbiter_counter": node.arbiter_counter,
         "arbiter_identity": sb.arbiter_identity.hex(),
-        "arbiter": sb.arbiter.name.lower(),
+        "arbiter": sb.arbiter.word,
         "in_flight": len(node.inflight),
         "unflushed_bytes": node.unflushed_bytes,
         "session": node.session.describe() if node.session is not None else None,

@@ -135,8 +135,8 @@ def require_same_arbiter(mine: State, theirs: State) -> None:
     """
     if (mine.arbiter, mine.arbiter_identity) != (theirs.arbiter, theirs.arbiter_identity):
         raise PeerRefusedError(
-            f"the arbiter differs: {mine.arbiter.name.lower()} here, "
-            f"{theirs.arbiter.name.lower()} there (or another store of that kind); "
+            f"the arbiter differs: {mine.arbiter.word} here, "
+            f"{theirs.arbiter.word} there (or another store of that kind); "
             "make the two configurations equal"
         )
 

@@ -85,6 +85,16 @@ class ArbiterKind(enum.IntEnum):
         """Whether the right to go on alone comes from a compare-and-swap."""
         return self not in (ArbiterKind.NONE, ArbiterKind.PING)
 
+    @property
+    def word(self) -> str:
+        """As configuration, commands and status have it."""
+        return self.name.lower().replace("_", "-")
+
+    @classmethod
+    def of_word(cls, word: str) -> "ArbiterKind":
+        """The one that is called so. Raises KeyError."""
+        return {kind.word: kind for kind in cls}[word]
+
 
 class Flags(enum.IntFlag):
     """Durable yes-or-no facts; the values are the bits on disk."""
