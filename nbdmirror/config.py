@@ -7,13 +7,10 @@ network: addresses are numbers.
 """
 
 import difflib
-import errno
 import ipaddress
 import json
-import os
 import re
 import socket
-import stat
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -22,6 +19,12 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
+from nbdmirror.config_arbiters import (
+    AzureBlobSection,
+    EtcdSection,
+    S3Section,
+    arbiter_problems,
+)
 from nbdmirror.config_checks import cluster_problems
 from nbdmirror.config_cluster import (
     ApplicationSection,
@@ -39,7 +42,14 @@ from nbdmirror.config_fields import (
     parse_address,
     parse_size,
 )
-from nbdmirror.config_files import file_problems, files_of, lookup, path_at, socket_problems
+from nbdmirror.config_files import (
+    arbiter_file_problems,
+    file_problems,
+    files_of,
+    lookup,
+    path_at,
+    socket_problems,
+)
 from nbdmirror.config_schema import (
     ARBITER_CHOICE,
     KEYS,
@@ -51,14 +61,13 @@ from nbdmirror.config_schema import (
 )
 from nbdmirror.core.messages import printable
 from nbdmirror.core.superblock import ArbiterKind
-from nbdmirror.errors import ConfigError, RefusedError, StoreError
-from nbdmirror.files import open_regular
+from nbdmirror.errors import ConfigError
 from nbdmirror.limits import KEY_BYTES_MAX, KEY_BYTES_MIN, MIB
+from nbdmirror.secret_files import read_secret
 
 __all__ = ["KEYS", "Address", "Config", "Node", "format_size", "load", "parse_size"]
 
 CONFIG_BYTES_MAX: Final = 1 * MIB
-KEY_MODES: Final = (0o600, 0o400)
 SHOWN_CHARS_MAX: Final = 200
 _BARE_KEY: Final = re.compile(r"[A-Za-z0-9_.-]+")
 # pydantic's findings in the words of the file; others have texts of their own.
@@ -105,6 +114,9 @@ class Config:
     takeover: str
     preferred: str
     ping: PingSection
+    etcd: EtcdSection
+    s3: S3Section
+    azure_blob: AzureBlobSection
     controller: ControllerSection
     mount: MountSection
     application: ApplicationSection
@@ -160,10 +172,12 @@ def load(path: Path, node: str | None = None, *, with_key: bool = True) -> Confi
     problems += _node_problems(raw)
     problems += _cross_problems(raw)
     problems += cluster_problems(raw)
+    problems += arbiter_problems(raw)
     name = _my_name(raw, node, problems)
     problems += file_problems(raw, path)
     if with_key:
         problems += socket_problems(raw, name)
+        problems += arbiter_file_problems(raw)
     key = b""
     key_file = path_at(raw, "key_file")
     if with_key and key_file is not None:
@@ -202,7 +216,7 @@ def _build(path: Path, parsed: ConfigFile, name: str, key: bytes) -> Config:
         mirror=parsed.mirror,
         key_file=parsed.key_file,
         key=key,
-        arbiter=ArbiterKind[parsed.arbiter.upper()],
+        arbiter=ArbiterKind.of_word(parsed.arbiter),
         me=me,
         peer=peer,
         device=parsed.device,
@@ -212,6 +226,9 @@ def _build(path: Path, parsed: ConfigFile, name: str, key: bytes) -> Config:
         takeover=parsed.takeover,
         preferred=parsed.preferred,
         ping=parsed.ping,
+        etcd=parsed.etcd,
+        s3=parsed.s3,
+        azure_blob=parsed.azure_blob,
         controller=parsed.controller,
         mount=parsed.mount,
         application=parsed.application,
@@ -245,44 +262,13 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 def _read_key(path: Path) -> bytes:
     """The shared key. Raises ConfigError; its text never holds a byte of it."""
-    prefix = f"key_file = {_toml(str(path))}"
+    remedy = (
+        "make it once with `head -c 32 /dev/urandom` under umask 077, and copy it to the other node"
+    )
     try:
-        descriptor = open_regular(path, os.O_RDONLY)
-    except (RefusedError, StoreError) as error:
-        raise ConfigError(f"{prefix}: {_why_no_key(path, error)}") from error
-    try:
-        status = os.fstat(descriptor)
-        key = os.read(descriptor, KEY_BYTES_MAX + 1)
-    except OSError as error:
-        raise ConfigError(f"{prefix}: cannot be read: {error.strerror}") from error
-    finally:
-        os.close(descriptor)
-    mode = stat.S_IMODE(status.st_mode)
-    wrong = []
-    if mode not in KEY_MODES:
-        wrong.append(f"its mode is {mode:04o}, expected 0600 or 0400 (`chmod 0600`)")
-    if status.st_uid not in {0, os.geteuid()}:
-        wrong.append(f"it belongs to user {status.st_uid}, expected root or who runs this")
-    if not KEY_BYTES_MIN <= len(key) <= KEY_BYTES_MAX:
-        wrong.append(f"its length is not within {KEY_BYTES_MIN} to {KEY_BYTES_MAX} bytes")
-    if wrong:
-        raise ConfigError(f"{prefix}: {'; '.join(wrong)}")
-    return key
-
-
-def _why_no_key(path: Path, error: RefusedError | StoreError) -> str:
-    if not isinstance(error, StoreError):
-        if path.is_symlink():
-            return "it is a symbolic link; name the file itself, so that it cannot be exchanged"
-        return "it is no plain file; expected one that holds the key"
-    if error.number == errno.ENOENT:
-        return (
-            "there is no such file; make it once with `head -c 32 /dev/urandom` under umask 077, "
-            "and copy it to the other node"
-        )
-    if error.number in {errno.EACCES, errno.EPERM}:
-        return f"user {os.geteuid()} may not read it; run this as its owner, or as root"
-    return f"cannot be read: {os.strerror(error.number)}"
+        return read_secret(path, KEY_BYTES_MIN, KEY_BYTES_MAX, remedy)
+    except ConfigError as error:
+        raise ConfigError(f"key_file = {_toml(str(path))}: {error}") from error
 
 
 def _toml(value: object) -> str:

@@ -71,11 +71,6 @@ def _choice_problems(raw: dict[str, Any]) -> Iterator[str]:
             f'preferred = "{preferred}": no such node; expected "none", "last" or one of: '
             f"{', '.join(names)}"
         )
-    if raw.get("arbiter") == "ping" and not _table(raw, "ping").get("addresses"):
-        yield (
-            'ping.addresses: is not set, and arbiter = "ping" asks them; expected the address of '
-            "a router that both nodes see"
-        )
 
 
 def _twice(raw: dict[str, Any], table: str, key: str) -> Iterator[str]:

@@ -1,16 +1,21 @@
 """The files and sockets of one mirror on one node: their names, and what would replace what.
 
-Owns where each of them lies, as the raw configuration has it. Must never open one.
+Owns where each of them lies, as the raw configuration has it, and whether those for the arbiter's
+store can be read. Must never open one that holds data.
 """
 
 import os
 import stat
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any, Final
 
+from nbdmirror.config_arbiters import SECRETS, arbiter_files
 from nbdmirror.config_fields import parse_path
-from nbdmirror.limits import SOCKET_PATH_BYTES_MAX
+from nbdmirror.errors import ConfigError, RefusedError, StoreError
+from nbdmirror.files import open_regular
+from nbdmirror.limits import ARBITER_SECRET_BYTES_MAX, SOCKET_PATH_BYTES_MAX
+from nbdmirror.secret_files import read_secret
 
 SOCKETS: Final = ("engine.sock in run_dir", "controller.sock in run_dir", "export.unix")
 
@@ -36,7 +41,9 @@ def file_problems(raw: dict[str, Any], source: Path) -> list[str]:
     problems: dict[str, None] = {}  # in order, each once: both nodes may have the same paths
     for name in nodes if isinstance(nodes, dict) else ():
         files = {"this file": source.absolute(), **files_of(raw, name)}
-        for (first, one), (second, other) in combinations(files.items(), 2):
+        strange = arbiter_files(raw)  # among themselves they may be one: certificate and key
+        pairs = [*combinations(files.items(), 2), *product(files.items(), strange.items())]
+        for (first, one), (second, other) in pairs:
             problems.update(dict.fromkeys(collision(first, one, second, other)))
         data_dir = files["data"].parent
         if lookup(raw, ("export", "unix")) and data_dir in files["export.unix"].parents:
@@ -115,4 +122,21 @@ def socket_problems(raw: dict[str, Any], node: str) -> list[str]:
                 f'{what} is "{files[what]}": something that is no socket has that name, and would '
                 "be removed; move it away, or name another path"
             )
+    return problems
+
+
+def arbiter_file_problems(raw: dict[str, Any]) -> list[str]:
+    """What is wrong with the files that the chosen arbiter reads."""
+    problems = []
+    secrets = {f"{table}.{key}" for table, key in SECRETS}
+    for key, path in arbiter_files(raw).items():
+        if key.partition(".")[0] != raw.get("arbiter"):
+            continue
+        try:
+            if key in secrets:
+                read_secret(path, 1, ARBITER_SECRET_BYTES_MAX, "put it there, with mode 0600")
+            else:
+                os.close(open_regular(path, os.O_RDONLY))
+        except (ConfigError, RefusedError, StoreError) as error:
+            problems.append(f'{key} = "{path}": {error}')
     return problems

@@ -11,6 +11,7 @@ from typing import Annotated, Final, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, Field
 
+from nbdmirror.config_arbiters import AzureBlobSection, EtcdSection, S3Section
 from nbdmirror.config_cluster import (
     LIST_MAX,
     ApplicationSection,
@@ -37,6 +38,7 @@ from nbdmirror.config_fields import (
     parse_size,
     size_field,
 )
+from nbdmirror.core.superblock import ArbiterKind
 from nbdmirror.limits import (
     ACK_TIMEOUT_MS,
     CHECKERS_MAX,
@@ -74,9 +76,9 @@ it decides who may go on when the two nodes cannot see each other, so it has no 
                 writes of one side are given up: promise (c) does not hold
   "ping"        the node that still sees the router goes on; not safe when both see it
   "etcd"        safe in every partition; needs an etcd
-  "s3", "azure-blob"  as etcd, with one object in a store that has conditional writes
-  Only "none" and "ping" are implemented now."""
-ARBITERS: Final = ("none", "ping")
+  "s3"          as etcd, with one object of a bucket that has conditional writes
+  "azure-blob"  as etcd, with one blob of a storage account"""
+ARBITERS: Final = tuple(kind.word for kind in ArbiterKind)
 
 
 def _arbiter(value: object) -> str:
@@ -254,7 +256,7 @@ class ConfigFile(Section):
     arbiter: Annotated[str, BeforeValidator(_arbiter)] = key_field(
         ...,
         "word",
-        '"none" or "ping"',
+        ", ".join(f'"{word}"' for word in ARBITERS),
         "what breaks the tie when the nodes cannot see each other",
     )
     takeover: Literal["automatic", "operator"] = key_field(
@@ -277,6 +279,9 @@ class ConfigFile(Section):
     export: ExportSection = ExportSection()
     paths: PathsSection = PathsSection()
     ping: PingSection = PingSection()
+    etcd: EtcdSection = EtcdSection()
+    s3: S3Section = S3Section()
+    azure_blob: AzureBlobSection = Field(AzureBlobSection(), alias="azure-blob")
     controller: ControllerSection = ControllerSection()
     probe: ProbeSection = ProbeSection()
     mount: MountSection = MountSection()
@@ -314,7 +319,7 @@ def _default_text(default: object, *, required: bool, unit: str) -> str:
 
 def _keys_of(model: type[BaseModel], prefix: str) -> Iterator[KeyInfo]:
     for name, info in model.model_fields.items():
-        key = f"{prefix}{name}"
+        key = f"{prefix}{info.alias or name}"
         section = info.annotation
         if name == "node":
             yield from _keys_of(NodeSection, "node.<name>.")
@@ -333,5 +338,5 @@ def _keys_of(model: type[BaseModel], prefix: str) -> Iterator[KeyInfo]:
 KEYS: Final[Mapping[str, KeyInfo]] = {info.key: info for info in _keys_of(ConfigFile, "")}
 SECTIONS: Final = (
     *("node", "device", "engine", "export", "paths"),
-    *("ping", "controller", "probe", "mount", "application", *LISTS),
+    *("ping", "etcd", "s3", "azure-blob", "controller", "probe", "mount", "application", *LISTS),
 )

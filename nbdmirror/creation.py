@@ -61,6 +61,8 @@ _ARBITER_NOTES: Final = {
     "none": "both may go on alone; a split brain is found when they meet again",
     "ping": "the node that still sees one of the addresses of [ping] goes on",
 }
+# Those whose tables `render` can write.
+ARBITERS_MADE: Final = tuple(_ARBITER_NOTES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

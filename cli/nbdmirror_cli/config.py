@@ -42,7 +42,7 @@ def check(context: click.Context, source: Source, *, as_json: bool) -> None:
             }
         )
         context.exit(error.exit_code)
-    remark = no_promise_c(config.arbiter.name.lower())
+    remark = no_promise_c(config.arbiter.word)
     if as_json:
         print_json({"path": str(config.source), "mistakes": [], "remarks": [remark]})
         return
@@ -74,7 +74,7 @@ def config_facts(config: Config) -> dict[str, Any]:
     return {
         "mirror": config.mirror,
         "key_file": str(config.key_file),
-        "arbiter": config.arbiter.name.lower(),
+        "arbiter": config.arbiter.word,
         "takeover": config.takeover,
         "preferred": config.preferred,
         "me": config.me.name,
@@ -96,6 +96,9 @@ def config_facts(config: Config) -> dict[str, Any]:
             "tcp": str(config.export_tcp) if config.export_tcp else None,
         },
         "ping": _table(dict(config.ping)),
+        "etcd": _table(dict(config.etcd)),
+        "s3": _table(dict(config.s3)),
+        "azure-blob": _table(dict(config.azure_blob)),
         "controller": _table(dict(config.controller)),
         "probe": {"address": str(config.probe) if config.probe else None},
         "mount": _table(dict(config.mount)),

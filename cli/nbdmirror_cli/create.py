@@ -138,6 +138,11 @@ def _plan(name: str, chosen: dict[str, Any]) -> tuple[Plan, Place]:
     if arbiter not in ARBITERS:
         shown = f"{arbiter!r} is none" if arbiter else "is not chosen"
         raise click.UsageError(f"--arbiter {shown}: {ARBITER_CHOICE}")
+    if arbiter not in creation.ARBITERS_MADE:
+        raise click.UsageError(
+            f"--arbiter {arbiter}: `create` cannot ask for the table [{arbiter}] yet; write the "
+            "configuration file by hand (docs/configuration.md), then `nbdmirror metadata create`"
+        )
     if arbiter == "ping" and not chosen["ping_address"]:
         raise click.UsageError(
             "--arbiter ping asks addresses: name a router that both nodes see, and better two, "
@@ -289,7 +294,7 @@ def _network(text: str, port: int) -> tuple[Address, Address]:
 def _tell_made(made: Made, plan: Plan, *, as_json: bool) -> None:
     config = made.config
     facts = _facts("made", made)
-    warnings = [*_warnings(config), no_promise_c(config.arbiter.name.lower())]
+    warnings = [*_warnings(config), no_promise_c(config.arbiter.word)]
     steps = _next_steps(config)
     if as_json:
         _print_line({**facts, "warnings": warnings, "next": steps})

@@ -268,7 +268,7 @@ def test_without_an_arbiter_the_choice_is_explained(
         said = capsys.readouterr().err
         assert '"none"        both may go on alone' in said
         assert '"ping"        the node that still sees the router' in said
-        assert 'Only "none" and "ping" are implemented now' in said
+        assert '"azure-blob"  as etcd' in said
     assert run([*words, "--arbiter", "ping"]) == 2
     assert "--ping-address" in capsys.readouterr().err
     assert servers.names() == []
