@@ -11,15 +11,17 @@ import stat
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Required, TypedDict, Unpack
 
 from blake3 import blake3
 
+from nbdmirror.arbiters.registration import identity_for, register
 from nbdmirror.config import Config
 from nbdmirror.core.dirtymap import DirtyMap
 from nbdmirror.core.geometry import Geometry
 from nbdmirror.core.intentlog import IntentLog
 from nbdmirror.core.superblock import (
+    ARBITER_IDENTITY_BYTES,
     ID_BYTES,
     NO_ID,
     ArbiterKind,
@@ -37,6 +39,7 @@ from nbdmirror.metastore import create as create_metadata
 from nbdmirror.store import FileStore
 
 MIRROR_ID_CONTEXT: Final = "nbdmirror 2026 mirror id"
+NO_IDENTITY: Final = bytes(ARBITER_IDENTITY_BYTES)
 DIRECTORY_MODE: Final = 0o700
 OTHERS_MAY: Final = 0o077
 OTHERS_MAY_WRITE: Final = 0o022
@@ -50,53 +53,73 @@ def derive_mirror_id(key: bytes, mirror: str) -> bytes:
     )
 
 
-def first_superblock(config: Config, size: int, *, join: bool, zeroed: bool) -> Superblock:
+def first_superblock(
+    config: Config,
+    size: int,
+    *,
+    join: bool,
+    zeroed: bool,
+    arbiter_identity: bytes = NO_IDENTITY,
+) -> Superblock:
     """What a node knows at birth.
 
     The creator has a generation of its own and is ALONE; the one that joins is blank. Both are
     CLEAN: everything is synced before the superblock exists. The sparse flag is the caller's.
+
+    Raises:
+        ConfigError: the format cannot describe such a device.
     """
     flags = Flags.CLEAN | (Flags.ZEROED if zeroed else Flags(0))
-    return Superblock(
-        mirror_id=derive_mirror_id(config.key, config.mirror),
-        mirror_name=config.mirror,
-        node_id=config.me.id,
-        node_uuid=os.urandom(ID_BYTES),
-        device_bytes=size,
-        extent_bytes=config.device.extent,
-        region_bytes=config.device.region,
-        map_id=os.urandom(ID_BYTES),
-        arbiter=config.arbiter,
-        generation=NO_ID if join else os.urandom(ID_BYTES),
-        data_state=DataState.BLANK if join else DataState.UPTODATE,
-        flags=flags if join else flags | Flags.ALONE,
-        sequence=1,
-    )
+    try:
+        return Superblock(
+            mirror_id=derive_mirror_id(config.key, config.mirror),
+            mirror_name=config.mirror,
+            node_id=config.me.id,
+            node_uuid=os.urandom(ID_BYTES),
+            device_bytes=size,
+            extent_bytes=config.device.extent,
+            region_bytes=config.device.region,
+            map_id=os.urandom(ID_BYTES),
+            arbiter=config.arbiter,
+            arbiter_identity=arbiter_identity,
+            generation=NO_ID if join else os.urandom(ID_BYTES),
+            data_state=DataState.BLANK if join else DataState.UPTODATE,
+            flags=flags if join else flags | Flags.ALONE,
+            sequence=1,
+        )
+    except MetadataError as error:
+        raise ConfigError(f"this device cannot be made: {error}") from error
 
 
-def create(
-    config: Config,
-    size: int | None,
-    *,
-    join: bool,
-    adopt: bool,
-    sparse: bool,
-    fill: Callable[[Path], None] | None = None,
-) -> Superblock:
-    """Make the data and the metadata file of this node; all of it, or nothing.
+class Wanted(TypedDict, total=False):
+    """How a node is to be born.
 
-    `size` is that of the device in bytes; None, only with `adopt`: that of the existing data file.
     `join`: the other node is the source, whatever this one holds is overwritten by its data.
     `adopt`: the data file exists and its content is kept. `sparse`: reserve no space. `fill`: puts
     the first content into the new data file, a file system for example, and makes it durable.
+    `replace_record`: what an arbiter with a memory still holds of an earlier mirror counts no more.
+    """
+
+    join: Required[bool]
+    adopt: Required[bool]
+    sparse: Required[bool]
+    fill: Callable[[Path], None] | None
+    replace_record: bool
+
+
+def create(config: Config, size: int | None, **wanted: Unpack[Wanted]) -> Superblock:
+    """Make the data and the metadata file of this node; all of it, or nothing.
+
+    `size` is that of the device in bytes; None, only with `adopt`: that of the existing data file.
 
     Raises:
+        ArbiterError: an arbiter with a memory cannot be asked.
         ConfigError: no size, or one that the format cannot describe.
-        RefusedError: a file that would have to be overwritten is there.
+        RefusedError: a file, or a record, that would have to be overwritten is there.
         MetadataError: the adopted file is missing or smaller than the device.
         StoreError: the system refuses; OutOfSpaceError when the space cannot be reserved.
     """
-    data, meta = config.data_file, config.metadata_file
+    data, meta, adopt = config.data_file, config.metadata_file, wanted["adopt"]
     if os.path.lexists(meta):
         raise RefusedError(
             f"{meta} exists and is not overwritten: this node has a mirror already; "
@@ -104,32 +127,54 @@ def create(
         )
     if size is None:
         size = _size_to_adopt(data, adopt=adopt)
-    try:
-        superblock = first_superblock(config, size, join=join, zeroed=not adopt and fill is None)
-    except MetadataError as error:
-        raise ConfigError(f"this device cannot be made: {error}") from error
-    if sparse:
+    superblock = first_superblock(
+        config,
+        size,
+        join=wanted["join"],
+        zeroed=not adopt and wanted.get("fill") is None,
+        arbiter_identity=_store_identity(config, wanted),
+    )
+    if wanted["sparse"]:
         superblock = replace(superblock, flags=superblock.flags | Flags.SPARSE)
     undo: list[Callable[[], None]] = []
     try:
-        _make_directory(config.me.data_dir, undo)
-        make = FileStore.adopt if adopt else FileStore.create
-        store = make(data, size, sparse=sparse)
-        if not adopt:
-            undo.append(data.unlink)
-        store.close()
-        if fill is not None:
-            fill(data)
-        create_metadata(meta, superblock, superblock.geometry())
+        _make_files(config, superblock, wanted, undo)
     except BaseException as error:
         for step in reversed(undo):
             with contextlib.suppress(OSError):  # the first error is the one to tell
                 step()
-        if isinstance(error, OutOfSpaceError) and not sparse:
+        if isinstance(error, OutOfSpaceError) and not wanted["sparse"]:
             where = f"{error.where} (make room, or reserve no space with `--sparse`)"
             raise OutOfSpaceError(error.number, where) from error
         raise
     return superblock
+
+
+def _make_files(
+    config: Config, superblock: Superblock, wanted: Wanted, undo: list[Callable[[], None]]
+) -> None:
+    """Each file, and the record; `undo` takes back what was made."""
+    data, size, fill = config.data_file, superblock.device_bytes, wanted.get("fill")
+    _make_directory(config.me.data_dir, undo)
+    make = FileStore.adopt if wanted["adopt"] else FileStore.create
+    store = make(data, size, sparse=wanted["sparse"])
+    if not wanted["adopt"]:
+        undo.append(data.unlink)
+    store.close()
+    if fill is not None:
+        fill(data)
+    if config.arbiter.has_memory and not wanted["join"]:
+        # Before the metadata: without the record a node would be alone by its own word.
+        register(config, superblock, replace=wanted.get("replace_record", False))
+    create_metadata(config.metadata_file, superblock, superblock.geometry())
+
+
+def _store_identity(config: Config, wanted: Wanted) -> bytes:
+    if not config.arbiter.has_memory:
+        return NO_IDENTITY
+    mirror_id = derive_mirror_id(config.key, config.mirror)
+    replaces = wanted.get("replace_record", False)
+    return identity_for(config, mirror_id, join=wanted["join"], replace=replaces)
 
 
 def _size_to_adopt(data: Path, *, adopt: bool) -> int:

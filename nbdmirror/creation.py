@@ -57,9 +57,13 @@ CONFIG_MODE: Final = 0o644
 KEY_MODE: Final = 0o600
 DIRECTORY_MODE: Final = 0o755
 CONFIGURATIONS_MAX: Final = 256
+LISTS_OF_STORES: Final = frozenset({"endpoints"})
 _ARBITER_NOTES: Final = {
     "none": "both may go on alone; a split brain is found when they meet again",
     "ping": "the node that still sees one of the addresses of [ping] goes on",
+    "etcd": "the one that an etcd lets, by a compare-and-swap",
+    "s3": "the one that an object of a bucket lets, by a conditional write",
+    "azure-blob": "the one that a blob lets, by a conditional write",
 }
 # Those whose tables `render` can write.
 ARBITERS_MADE: Final = tuple(_ARBITER_NOTES)
@@ -70,7 +74,8 @@ class Plan:
     """Every choice of an operator about a new mirror. Sizes in bytes; None: not wanted.
 
     `size_bytes`: None only with `adopt`. `heartbeats`: pairs (of this node, of the peer) for
-    further networks. `data_dir`, `run_dir`: for both nodes.
+    further networks. `data_dir`, `run_dir`: for both nodes. `store`: keys and values of the table
+    that an arbiter with a memory has. `replace_record`: see admin.create.
     """
 
     mirror: str
@@ -80,6 +85,8 @@ class Plan:
     peer_address: Address
     arbiter: str
     ping_addresses: tuple[str, ...] = ()
+    store: tuple[tuple[str, str], ...] = ()
+    replace_record: bool = False
     size_bytes: int | None
     mount_point: str | None = None
     start: tuple[str, ...] = ()
@@ -297,6 +304,9 @@ def render(plan: Plan, config_dir: Path) -> str:
     ]
     if plan.ping_addresses:
         lines += ["", "[ping]", f"addresses = {toml(plan.ping_addresses)}"]
+    if plan.store:
+        lines += ["", "# Its secrets are files, on both nodes.", f"[{plan.arbiter}]"]
+        lines += _store(plan.store)
     first = (plan.address, *(mine for mine, _ in plan.heartbeats))
     second = (plan.peer_address, *(theirs for _, theirs in plan.heartbeats))
     lines += _node(plan.node, 1, first)
@@ -327,6 +337,20 @@ def render(plan: Plan, config_dir: Path) -> str:
     for address in plan.virtual_addresses:
         lines += ["", "# Follows the primary.", "[[virtual_address]]", f"address = {toml(address)}"]
     return "\n".join(lines) + "\n"
+
+
+def _store(given: Sequence[tuple[str, str]]) -> list[str]:
+    """Lines of the arbiter's table; a key that is there more than once has a list."""
+    values: dict[str, list[str]] = {}
+    for key, value in given:
+        values.setdefault(key, []).append(value)
+    return [f"{key} = {_store_value(key, each)}" for key, each in values.items()]
+
+
+def _store_value(key: str, values: list[str]) -> str:
+    if key in LISTS_OF_STORES or len(values) > 1:
+        return toml(tuple(values))
+    return values[0] if values[0].isdecimal() else toml(values[0])
 
 
 def _node(name: str, number: int, addresses: Sequence[Address]) -> list[str]:
@@ -364,6 +388,7 @@ def make(plan: Plan, place: Place) -> Made:
             adopt=plan.adopt,
             sparse=plan.sparse,
             fill=partial(make_file_system, plan.file_system) if plan.file_system else None,
+            replace_record=plan.replace_record,
         )
 
     return _all_or_nothing(

@@ -40,13 +40,19 @@ from nbdmirror_cli.options import (
     Source,
     config_options,
     json_option,
+    replace_record_option,
 )
+from nbdmirror_cli.questions import Questions
 from nbdmirror_cli.view import printable
 
 TIMEOUT_S: Final = 600
 TIMEOUT_S_MAX: Final = 86_400
 _PATH: Final = click.Path(path_type=Path)
-_NEEDED: Final = ("address", "peer_name", "peer_address")
+_STORES: Final = {
+    "etcd": "endpoints=https://10.1.0.9:2379",
+    "s3": "bucket=NAME",
+    "azure-blob": "account_url=https://NAME.blob.core.windows.net",
+}
 config_dir_option = click.option(
     "--config-dir",
     type=_PATH,
@@ -81,8 +87,15 @@ listen_option = click.option(
 @click.option("--peer-name", metavar="NAME", help="The other node, best the name of its host.")
 @click.option("--peer-address", metavar="IP[:PORT]", help="Peer channel of the other node.")
 @click.option("--size", type=SizeType(), help='Size of the device, like "10GiB".')
-@click.option("--arbiter", metavar="WORD", help="Needed: who may go on alone; none or ping.")
+@click.option("--arbiter", metavar="WORD", help=f"Needed: {', '.join(ARBITERS)}.")
 @click.option("--ping-address", multiple=True, metavar="IP", help="What the arbiter ping asks.")
+@click.option(
+    "--store",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="A key of [etcd], [s3] or [azure-blob], like endpoints=https://10.1.0.9:2379.",
+)
+@replace_record_option
 @click.option("--mount-point", metavar="PATH", help="Where the file system is mounted.")
 @click.option("--start", metavar="COMMAND", help="Starts the application: program and words.")
 @click.option("--stop", metavar="COMMAND", help="Stops the application.")
@@ -148,9 +161,18 @@ def _plan(name: str, chosen: dict[str, Any]) -> tuple[Plan, Place]:
             "--arbiter ping asks addresses: name a router that both nodes see, and better two, "
             "with --ping-address"
         )
+    if (arbiter in _STORES) != bool(chosen["store"]):
+        raise click.UsageError(
+            f"--arbiter {arbiter} and --store: "
+            + (
+                f"name where the record lies, like --store {_STORES[arbiter]}"
+                if arbiter in _STORES
+                else "this arbiter has no store"
+            )
+        )
     if chosen["file_system"] and chosen["adopt"]:
         raise click.UsageError("--mkfs would destroy what --adopt keeps; leave one of them out")
-    ask = _Questions(chosen)
+    ask = Questions(chosen)
     ask.require_what_cannot_be_proposed()
     config_dir = chosen["config_dir"]
     others = creation.taken(config_dir, name)
@@ -169,6 +191,8 @@ def _plan(name: str, chosen: dict[str, Any]) -> tuple[Plan, Place]:
         peer_address=peer_address,
         arbiter=arbiter,
         ping_addresses=tuple(chosen["ping_address"]),
+        store=tuple(_key_value(each) for each in chosen["store"]),
+        replace_record=chosen["replace_record"],
         size_bytes=size,
         mount_point=ask.optional("mount_point", "Mount point of the file system"),
         start=_words("--start", ask.optional("start", "Command that starts the application")),
@@ -187,77 +211,6 @@ def _plan(name: str, chosen: dict[str, Any]) -> tuple[Plan, Place]:
     return plan, Place(config_dir)
 
 
-class _Questions:
-    """Asks for what the options do not say; with --yes nothing is asked."""
-
-    def __init__(self, chosen: dict[str, Any]) -> None:
-        self._chosen = chosen
-        self._silent: bool = chosen["yes"]
-        self._err: bool = chosen["as_json"]  # standard output is for the program that reads it
-
-    def require_what_cannot_be_proposed(self) -> None:
-        """Raises UsageError with all that is missing, where nothing can be asked."""
-        needed = [*_NEEDED, *([] if self._chosen["adopt"] else ["size"])]
-        missing = [each for each in needed if self._chosen[each] is None]
-        if self._silent and missing:
-            options = ", ".join(f"--{each.replace('_', '-')}" for each in missing)
-            raise click.UsageError(f"--yes asks nothing, and these are missing: {options}")
-
-    def __call__(self, key: str, text: str, default: str | None = None) -> str:
-        """A name or an address."""
-        value = self._chosen[key]
-        if value is None:
-            value = default if self._silent else self._prompt(text, default)
-        return str(value)
-
-    def _prompt(self, text: str, default: Any = None, **more: Any) -> Any:
-        return click.prompt(text, default=default, err=self._err, **more)
-
-    def size(self) -> int:
-        """Bytes."""
-        given = self._chosen["size"]
-        return int(self._prompt('Size, like "10GiB"', type=SizeType()) if given is None else given)
-
-    def optional(self, key: str, text: str) -> str | None:
-        """None if it is not wanted."""
-        value = self._chosen[key]
-        if value is None and not self._silent:
-            value = self._prompt(f"{text} (empty: none)", "", show_default=False)
-        return value or None
-
-    def several(self, key: str, text: str) -> tuple[str, ...]:
-        """What is given, or one that is asked for."""
-        if given := self._chosen[key]:
-            return tuple(given)
-        value = (
-            None if self._silent else self._prompt(f"{text} (empty: none)", "", show_default=False)
-        )
-        return (value,) if value else ()
-
-    def number(self, key: str, text: str, proposal: int) -> int:
-        """A number that has a proposal."""
-        value = self._chosen[key]
-        if value is None:
-            value = proposal if self._silent else self._prompt(text, proposal, type=int)
-        return int(value)
-
-    def say(self, text: str) -> None:
-        """A remark on a question."""
-        click.echo(printable(text), err=self._err)
-
-    def confirm(self, plan: Plan) -> None:
-        """Show what will be made and ask. Raises Abort."""
-        if self._silent:
-            return
-        size = "as the file" if plan.size_bytes is None else format_size(plan.size_bytes)
-        self.say(
-            f"Mirror {plan.mirror}, {size}: this node is {plan.node} ({plan.address}), the other "
-            f"one {plan.peer} ({plan.peer_address}); arbiter {plan.arbiter}, probe port "
-            f"{plan.probe_port}."
-        )
-        click.confirm("Make it?", default=True, abort=True, err=self._err)
-
-
 def _peer_addresses(own: str, theirs: str, others: creation.Taken) -> tuple[Address, Address]:
     """Where no port is named both nodes get the same one."""
     (host, port), (peer_host, peer_port) = creation.endpoint(own), creation.endpoint(theirs)
@@ -266,7 +219,7 @@ def _peer_addresses(own: str, theirs: str, others: creation.Taken) -> tuple[Addr
     return Address(host, port), Address(peer_host, peer_port or port)
 
 
-def _probe_port(ask: _Questions, others: creation.Taken) -> int:
+def _probe_port(ask: Questions, others: creation.Taken) -> int:
     proposal = creation.free_probe_port(others)
     if proposal != PROBE_PORT:
         why = creation.why_taken(PROBE_PORT, others.probe_ports)
@@ -281,6 +234,13 @@ def _words(option: str, line: str | None) -> tuple[str, ...]:
         return tuple(shlex.split(line or ""))
     except ValueError as error:
         raise click.UsageError(f"{option}: {error}") from error
+
+
+def _key_value(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise click.UsageError(f"--store {text}: expected KEY=VALUE, with a key of that table")
+    return key, value
 
 
 def _network(text: str, port: int) -> tuple[Address, Address]:

@@ -7,7 +7,14 @@ import click
 from nbdmirror import admin
 from nbdmirror.config import format_size
 from nbdmirror.errors import MetadataError
-from nbdmirror_cli.options import SizeType, Source, config_options, json_option, print_json
+from nbdmirror_cli.options import (
+    SizeType,
+    Source,
+    config_options,
+    json_option,
+    print_json,
+    replace_record_option,
+)
 from nbdmirror_cli.view import bytes_text, plain, print_table, printable
 
 
@@ -39,10 +46,9 @@ def metadata_group() -> None:
     is_flag=True,
     help="Reserve no space: cheaper, but writes can then fail for lack of it.",
 )
+@replace_record_option
 @json_option
-def create(
-    source: Source, size: int | None, *, join: bool, adopt: bool, sparse: bool, as_json: bool
-) -> None:
+def create(source: Source, size: int | None, *, join: bool, as_json: bool, **how: Any) -> None:
     """Make this node's files; nothing that exists is overwritten.
 
     Run it without --join on the node that has the data (or either, if both begin empty), and with
@@ -51,10 +57,10 @@ def create(
     With --join and --adopt the existing file is kept only as a starting point: whatever differs in
     it is overwritten with the data of the other node.
     """
-    if size is None and not adopt:
+    if size is None and not how["adopt"]:
         raise click.UsageError("--size is needed; only --adopt can take it from the file")
     config = source.load(with_key=True)
-    made = admin.create(config, size, join=join, adopt=adopt, sparse=sparse)
+    made = admin.create(config, size, join=join, **how)
     if as_json:
         print_json(admin.superblock_facts(made))
         return
@@ -65,7 +71,7 @@ def create(
     if join:
         click.echo("This copy is blank: it is filled when the other node's engine is met.")
     else:
-        options = f"{source.words} --join --size {size_text}{' --sparse' if sparse else ''}"
+        options = f"{source.words} --join --size {size_text}{' --sparse' if how['sparse'] else ''}"
         click.echo(f"Next, on {config.peer.name}: nbdmirror metadata create {options}")
 
 

@@ -148,6 +148,11 @@ def _existing(mirror: str) -> Path:
     return path
 
 
+replace_record_option = click.option(
+    "--replace-record",
+    is_flag=True,
+    help="What an arbiter with a memory holds of an earlier mirror counts no more.",
+)
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON, for programs; its keys stay."
 )

@@ -354,10 +354,12 @@ def _setting_rows(facts: Facts) -> list[Row]:
             "arbiter",
             _joined(
                 word(arbiter, "kind") or "?",
+                word(arbiter, "where"),
                 verdict if verdict != "unasked" else "not asked",
                 word(arbiter, "reason"),
             ),
         ),
+        *_record_rows(arbiter),
         ("takeover", word(facts, "takeover")),
         ("preferred", word(facts, "preferred")),
         (
@@ -369,6 +371,22 @@ def _setting_rows(facts: Facts) -> list[Row]:
             ),
         ),
     )
+
+
+def _record_rows(arbiter: Facts) -> list[tuple[str, str]]:
+    """What an arbiter with a memory holds, and whether this node could claim."""
+    if "where" not in arbiter:
+        return []
+    record, proven = part(arbiter, "record"), arbiter.get("proven_s")
+    owner = word(record, "owner") or "both nodes"
+    held = f"{owner}, counter {word(record, 'counter')}" if record else "not read yet"
+    read = duration_text(arbiter.get("read_s"))
+    way = f"proven {duration_text(proven)} ago" if proven is not None else "not proven yet"
+    trouble = word(arbiter, "trouble")
+    return [
+        ("record", _joined(held, f"read {read} ago" if read else "")),
+        ("way to it", f"NOT WELL: {trouble}" if trouble else way),
+    ]
 
 
 # --- why ------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ own work go on beside it. Must never act on a state that it did not just see.
 
 import asyncio
 import contextlib
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, TypeVar
 
 from nbdmirror.config import Config
 from nbdmirror.controller.checkers import Checkers
@@ -21,6 +21,7 @@ from nbdmirror.controller.observe import Observer
 from nbdmirror.controller.orders import Orders
 from nbdmirror.controller.questions import Questions
 from nbdmirror.controller.reload import Comparison, config_id, facts_of
+from nbdmirror.controller.scribe import Scribe
 from nbdmirror.controller.service import Service
 from nbdmirror.controller.supervisor import KILL_S, Supervisor, listener_of
 from nbdmirror.controller.switches import Switches
@@ -32,8 +33,9 @@ from nbdmirror.core.cluster.checking import CheckerFacts
 from nbdmirror.core.cluster.policy import Decision, Step
 from nbdmirror.core.cluster.saying import said_of
 from nbdmirror.core.cluster.view import Service as ServiceState
-from nbdmirror.core.cluster.view import View
+from nbdmirror.core.cluster.view import Verdict, View
 from nbdmirror.errors import (
+    ArbiterError,
     NbdMirrorError,
     PeerProtocolError,
     RefusedError,
@@ -42,6 +44,7 @@ from nbdmirror.errors import (
 )
 from nbdmirror.events import EventLog
 
+T = TypeVar("T")
 LOOK_S: Final = 0.2
 AGAIN_S: Final = 1.0
 FRESH_MS: Final = 1_000
@@ -87,6 +90,7 @@ class Conductor:
         self.died_serving = False
         self.spoken = True
         self.questions = Questions()
+        self.scribe = Scribe(self, mirror_id)
         self._promoting = False
         self.cleaned = False
         self.cleaned_s = 0.0
@@ -208,6 +212,7 @@ class Conductor:
             if state.get("role") == "primary":
                 # Rule 22: what is not of this very term is taken down before anything is started.
                 self.cleaned = await self.service.adopt(term_of(state))
+        self.scribe.begin()
 
     async def run(self) -> None:
         """Until `end`."""
@@ -294,6 +299,7 @@ class Conductor:
             Step.ALONE: self._alone,
             Step.ASK_PEER: self._ask_peer,
             Step.ASK_ARBITER: self._ask_arbiter,
+            Step.SETTLE: self._settle_claim,
         }
         try:
             await steps[self.decision.step]()
@@ -316,9 +322,12 @@ class Conductor:
         """
         if self.engine_state is None:
             raise UnreachableError("the engine of this node is not running")
-        work = asyncio.create_task(self.link.command(name, self.engine_state, **args))
+        return await self._meanwhile(self.link.command(name, self.engine_state, **args))
+
+    async def _meanwhile(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Its result; an engine that hangs meanwhile is found as at any other time."""
+        work = asyncio.create_task(coroutine)
         try:
-            # An engine that hangs over a command is found as at any other time.
             while not (await asyncio.wait({work}, timeout=LOOK_S))[0]:
                 await self._look()
         finally:
@@ -368,6 +377,9 @@ class Conductor:
             await self.command("promote", force=self.orders.force)
         finally:
             self._promoting = False
+        if self.orders.force:
+            await self._look()  # the record is written as what this node is by now
+            await self._meanwhile(self.scribe.force())
         self.orders.promoted()
         self.switches.change(served=True)
 
@@ -380,9 +392,17 @@ class Conductor:
         await self.command("alone")
 
     async def _ask_arbiter(self) -> None:
-        await self.questions.ask_arbiter(self.config)
+        if self.config.arbiter.has_memory:
+            self.questions.answered(*await self._meanwhile(self.scribe.claim()))
+        else:
+            await self.questions.ask_arbiter(self.config)
         kind, q = self.config.arbiter.word, self.questions
         self.tell(f"arbiter {kind}: {q.verdict.value}: {q.reason}")
+
+    async def _settle_claim(self) -> None:
+        verdict, reason = await self._meanwhile(self.scribe.settle())
+        if verdict is Verdict.UNKNOWN:
+            raise ArbiterError(reason)
 
     async def _ask_peer(self) -> None:
         self.questions.peer_is_asked(boottime_ms())
@@ -431,6 +451,7 @@ class Conductor:
         """Let go of everything."""
         await self.keeper.kept()
         self.dialogs.close()
+        await self.scribe.close()
         await self.checkers.close()
         await self.service.close()
         await self.heart.close()

@@ -8,7 +8,7 @@ a length that the engine sends: everything it does not understand ends the conne
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -125,7 +125,7 @@ class EngineLink:
         state = await self._poll.call("relay", PING_S, args={"payload": payload.hex()})
         return state, bytes.fromhex(str(state.pop("relayed", "")))
 
-    async def command(self, name: str, state: State, **args: object) -> State:
+    async def command(self, name: str, state: Mapping[str, Any], **args: object) -> State:
         """A command for the engine as `state` has it. The engine refuses it when it is no more."""
         return await self._command.call(
             name, COMMAND_S, instance=state.get("instance"), epoch=state.get("epoch"), args=args

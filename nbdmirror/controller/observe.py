@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from nbdmirror.controller.conductor import Conductor
 
 CLEAN_AGAIN_S: Final = 10.0
+# A primary sees the loss of its peer when its secondary does, and has to look once more.
+FIRST_MS: Final = 500
 FACTS_ID_BYTES: Final = 8
 
 
@@ -41,6 +43,7 @@ class Observer:
             preferred_id=ids.get(c.config.preferred, 0),
             preferred_last=c.config.preferred == "last",
             takeover=c.config.takeover == "automatic",
+            memory=c.config.arbiter.has_memory,
             failover=c.switches.now.failover,
         )
 
@@ -69,6 +72,10 @@ class Observer:
             held_back=self._held_back(before),
             order=c.orders.order,
             order_from=c.orders.reason,
+            forced=c.orders.force,
+            hesitates=c.heart.silent_ms() <= c.config.controller.silence_ms + FIRST_MS,
+            record=c.scribe.standing(),
+            record_reason=c.scribe.record_reason,
             swap_to=c.orders.swap_to,
             served=c.switches.now.served,
             listening=not c.heart.ever_heard() and not c.silence_is_over(),

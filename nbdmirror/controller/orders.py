@@ -13,12 +13,17 @@ from nbdmirror.controller.checkers import Checkers
 from nbdmirror.controller.switches import Switches
 from nbdmirror.core.cluster import policy
 from nbdmirror.core.cluster.checking import CheckerFacts, demanded
-from nbdmirror.core.cluster.view import OrderKind, Service, View
+from nbdmirror.core.cluster.view import OrderKind, Service, Verdict, View
 from nbdmirror.errors import RefusedError
 
 SWAP_S: Final = 30.0
 PRIM_S: Final = 30.0
 FAILBACK_S: Final = 5.0
+TOO_LONG: Final = "it took too long"
+NO_ANSWER: Final = {
+    Verdict.NO: "the arbiter does not let this node (`--force` does it all the same)",
+    Verdict.UNKNOWN: "the arbiter gave no answer",
+}
 START_FAILED: Final = "the application"
 ACTIONS: Final = {
     "restart": OrderKind.RESTART,
@@ -147,10 +152,14 @@ class Orders:
         """An order to serve is for now. It never lies in wait until the peer serves no more."""
         if primary:
             self.clear()
-        elif policy.peer_serves(v) or monotonic() > self._prim_until_s:
-            why = f"{v.settings.peer_name} serves" if policy.peer_serves(v) else "it took too long"
+        elif policy.peer_serves(v) or self._is_refused(v) or monotonic() > self._prim_until_s:
+            serves = policy.peer_serves(v)
+            why = f"{v.settings.peer_name} serves" if serves else NO_ANSWER.get(v.verdict, TOO_LONG)
             self.clear()
             self.error = f"prim was given up: {why}; look again"
+
+    def _is_refused(self, v: View) -> bool:
+        return v.settings.memory and v.verdict is Verdict.NO and not self.force
 
     def _swapped(self, v: View, *, primary: bool) -> bool:
         mine = self.swap_to == v.settings.node_id

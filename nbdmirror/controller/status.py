@@ -11,7 +11,7 @@ from nbdmirror import __version__
 from nbdmirror.controller.heart import boottime_ms
 from nbdmirror.core.cluster import standing
 from nbdmirror.core.cluster.promise import promises
-from nbdmirror.core.cluster.view import OrderKind, Role, View
+from nbdmirror.core.cluster.view import OrderKind, Role, Verdict, View
 
 if TYPE_CHECKING:
     from nbdmirror.controller.conductor import Conductor
@@ -60,10 +60,11 @@ def status_of(c: "Conductor") -> dict[str, Any]:
             "kind": c.config.arbiter.word,
             "verdict": v.verdict.value,
             "reason": c.questions.reason,
+            **c.scribe.facts(),
         },
         "takeover": c.config.takeover,
         "preferred": c.config.preferred,
-        "promise": promises(c.engine_state or {}, c.config.arbiter.word),
+        "promise": promises(c.engine_state or {}, c.config.arbiter.word, c.scribe.trouble),
         "order": order_of(v),
         "controller": {
             "pid": os.getpid(),
@@ -184,7 +185,8 @@ def remedy(v: View, error: str) -> str:
         )
     gone = not v.peer.heard or not v.peer.wanted
     if role is Role.WAIT and engine is not None and gone and not v.held_back:
-        forced = " --force" if engine.promote_refusal else ""
+        named = v.settings.memory and v.verdict is Verdict.NO
+        forced = " --force" if engine.promote_refusal or named else ""
         return (
             "start the other node; if it is gone for good, `nbdmirror prim"
             f"{forced}` makes this one serve, and says what may be lost"

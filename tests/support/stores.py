@@ -6,6 +6,7 @@ Owns one process for each server, its directory, and the port it keeps over rest
 
 import base64
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -13,8 +14,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from http import HTTPStatus
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
@@ -158,6 +161,15 @@ class Etcd(Server):
             *("--initial-cluster", f"one={peers}", "--initial-cluster-token", self.token),
             *("--logger", "zap", "--unsafe-no-fsync", *self.more),
         ]
+
+
+    def delete_all(self) -> None:
+        """Every key is gone; the cluster is the same one."""
+        everything = base64.b64encode(b"\0").decode()
+        body = json.dumps({"key": everything, "range_end": everything}).encode()
+        asked = urllib.request.Request(f"{self.url}/v3/kv/deleterange", data=body)  # noqa: S310 - http of our own server
+        with urllib.request.urlopen(asked, timeout=START_S) as answer:  # noqa: S310 - as above
+            assert answer.status == HTTPStatus.OK
 
 
 class S3(Server):

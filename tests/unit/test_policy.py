@@ -177,12 +177,15 @@ CASES: Final[tuple[tuple[str, Step, str, View], ...]] = (
     ("right, unread", Step.NOTHING, "not read yet", view(engine=RIGHT, settings=MEMORY)),
     ("right, unread", Step.NOTHING, "it names beta", view(
         engine=RIGHT, settings=MEMORY, record=Standing.PEER, record_reason="it names beta")),
-    ("right", Step.PROMOTE, "known to be behind", view(
+    ("right", Step.PROMOTE, "names this node", view(
         engine=RIGHT, settings=MEMORY, record=Standing.MINE)),
     ("takeover, unknown", Step.NOTHING, "no answer: time-out", view(
         engine=MET, settings=MEMORY, verdict=Verdict.UNKNOWN, verdict_reason="time-out")),
     ("silent", Step.ASK_ARBITER, "may take over", view(
         engine=MET, settings=MEMORY, verdict=Verdict.YES)),
+    ("silent", Step.ASK_ARBITER, "may take over", view(engine=engine(), settings=MEMORY)),
+    ("takeover, not first", Step.NOTHING, "the first to ask", view(
+        engine=MET, settings=MEMORY, hesitates=True)),
     ("disk failed", Step.NOTHING, "EIO", view(engine=engine(failed="EIO"), peer=TALKS)),
     ("busy", Step.NOTHING, "comparing", view(engine=engine(phase="negotiating"), peer=TALKS)),
     ("busy", Step.NOTHING, "comparing", view(engine=engine(changing="leave", met=True))),

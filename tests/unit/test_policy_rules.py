@@ -74,8 +74,8 @@ VIEWS: Final = st.builds(
     service=st.sampled_from((Service.DOWN, Service.DOWN, *Service)), service_reason=SOME,
     leftovers=RARELY, before_down=SOME, verdict=st.sampled_from(Verdict), verdict_reason=SOME,
     asked_peer=FLAG, held_back=SOME, order=st.none() | st.sampled_from(OrderKind),
-    order_from=SOME, forced=FLAG, record=st.sampled_from(Standing), record_reason=SOME,
-    swap_to=IDS, facts_id=st.sampled_from(("a", "b")),
+    order_from=SOME, forced=FLAG, hesitates=FLAG, record=st.sampled_from(Standing),
+    record_reason=SOME, swap_to=IDS, facts_id=st.sampled_from(("a", "b")),
 )  # fmt: skip
 
 # What is tried beside a view that was written by hand.

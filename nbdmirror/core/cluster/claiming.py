@@ -91,12 +91,13 @@ class Claimant:
         held = yield from self._fence(held)
         try:
             prepared = yield Command("claim", noted(held, generation=held.record.generation.hex()))
-        except RefusedError as refusal:
+        except RefusedError:
             if self._may_claim(held.record, [*state["record_holds"], str(state["pending"])]):
                 raise  # it is not the record that stands in the way; a moment later it may be done
+            lost = f"the record names {told(held.record)}"
             if not state.get("claim_unsettled"):
-                return Outcome(False, str(refusal))
-            return (yield from self._end(held, state, str(refusal)))
+                return Outcome(False, lost)
+            return (yield from self._end(held, state, lost))
         wanted = bytes.fromhex(prepared["generation"])
         return (yield from self._take(held, wanted, prepared["record_holds"]))
 

@@ -19,7 +19,8 @@ The order of the rows is the order of what matters:
    holds the right; the two are connected and both name it; or its peer is silent, everywhere and
    for long enough, this copy was in sync until then, and the arbiter agrees. "Was in sync until
    then" is a fact of this engine's life: after a restart nobody knows what the peer did meanwhile,
-   and a node waits (rules 11, 12) unless its metadata says that the peer is the one behind.
+   and a node waits (rules 11, 12) unless its metadata says that the peer is the one behind, or an
+   arbiter with a memory knows it.
 
 Must never know how a step is carried out, or look at a clock.
 """
@@ -247,7 +248,8 @@ def contact_reason(v: View) -> str:
 def silence_reason(v: View) -> str:
     """Why a node that hears nothing stays where it is; "" if nothing but the arbiter is open."""
     e = engine(v)
-    unknown = not e.met and not holds_right(v)
+    # A record knows: who may not go on has not got its generation (rule 11).
+    unknown = not e.met and not holds_right(v) and not v.settings.memory
     reasons = (
         v.held_back,
         f"this node's disk failed: {e.failed}" if e.failed else "",
@@ -535,7 +537,8 @@ TABLE: Final[tuple[Row, ...]] = (
     ),
     Row(
         "right", may_use_right, Step.PROMOTE,
-        "the peer is known to be behind, and this copy is complete",
+        lambda v: "the arbiter's record names this node" if v.settings.memory
+        else "the peer is known to be behind, and this copy is complete",
     ),
     Row(
         "right, no", both(would_use_right, must_claim, verdict_is(Verdict.NO, Verdict.UNKNOWN)),
@@ -550,6 +553,10 @@ TABLE: Final[tuple[Row, ...]] = (
     Row(
         "takeover, unknown", both(silent, verdict_is(Verdict.UNKNOWN)), Step.NOTHING,
         lambda v: f"the peer is silent, and the arbiter gives no answer: {v.verdict_reason}",
+    ),
+    Row(
+        "takeover, not first", both(silent, lambda v: v.settings.memory and v.hesitates),
+        Step.NOTHING, "the peer is silent; if it lives, it is the first to ask the arbiter",
     ),
     Row(
         "takeover, no", both(silent, verdict_is(Verdict.NO)), Step.NOTHING,

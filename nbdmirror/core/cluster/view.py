@@ -165,7 +165,8 @@ class View:
     now, "" if it may. `engine_given_up`: why no engine is started any more. `spoken`: the words of
     leaving for the engine that died were tried. `asked_peer`: the peer was asked to leave in this
     freeze. `served`: it took the role, and has not given it up in order. `forced`: the order is to
-    be carried out against what the metadata says.
+    be carried out against what the metadata says. `hesitates`: the peer is silent, but not yet for
+    so long that one which lives and serves would have asked the arbiter before this node.
     """
 
     settings: Settings
@@ -190,6 +191,7 @@ class View:
     order: OrderKind | None = None
     order_from: str = ""
     forced: bool = False
+    hesitates: bool = False
     record: Standing = Standing.UNREAD
     record_reason: str = ""
     swap_to: int = 0

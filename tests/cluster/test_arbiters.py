@@ -1,0 +1,305 @@
+"""Arbiters with a memory, on real nodes and with a real etcd: one goes on, the other does not.
+
+In the partitions each node is on a host of its own, and so is the etcd.
+"""
+
+import os
+import signal
+import socket
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from tests.support.cluster import Cluster, ClusterNode
+from tests.support.load import Load
+from tests.support.network import ROUTER, WIRES, Switched
+from tests.support.stores import Etcd
+
+pytestmark = [pytest.mark.nbdkit, pytest.mark.slow, pytest.mark.net]
+
+ETCD_HOST = WIRES["cable"][ROUTER]
+# The application is a file that is there while it runs.
+APPLICATION = """
+[application]
+start = ["/bin/sh", "-c", "touch {root}/$NBDMIRROR_NODE.runs"]
+stop = ["/bin/sh", "-c", "rm -f {root}/$NBDMIRROR_NODE.runs"]
+"""
+
+
+@pytest.fixture(scope="module")
+def etcd() -> Iterator[Etcd]:
+    """One etcd for the mirrors of this module; each has a key of its own."""
+    with Etcd() as server:
+        yield server
+
+
+def section(etcd: Etcd) -> str:
+    """`[etcd]`"""
+    return f'[etcd]\nendpoints = ["{etcd.url}"]\n'
+
+
+def write(node: ClusterNode, byte: bytes, offset: int = 0) -> None:
+    """One MiB of one byte, flushed."""
+    client = node.connect()
+    client.pwrite(byte * (1 << 20), offset)
+    client.flush()
+    client.shutdown()
+
+
+def read(node: ClusterNode, offset: int = 0) -> bytes:
+    """The byte that fills this MiB."""
+    client = node.connect()
+    data = bytes(client.pread(1 << 20, offset))
+    client.shutdown()
+    assert data == data[:1] * len(data)
+    return data[:1]
+
+
+def test_a_lost_host_is_taken_over_and_does_not_come_back_as_it_was(etcd: Etcd) -> None:
+    """Breaks in the field: the survivor waits although the arbiter would let it go on; or the one
+    that was lost serves again with what it had.
+    """
+    with Cluster(arbiter="etcd", more=section(etcd)) as c:
+        c.start()
+        write(c.alpha, b"a")
+        c.alpha.lose()
+        status = c.beta.is_now("ALONE")
+        assert status["arbiter"]["record"]["owner"] == "beta"
+        write(c.beta, b"b")
+        c.beta.lose()
+
+        # The lost one comes back first: it has no right, and says whose it is.
+        c.alpha.up()
+        status = c.alpha.wait(lambda s: s["row"] == "takeover, no", "the record says no")
+        assert status["role"] == "WAIT"
+        assert "node 2" in status["reason"]
+        c.beta.up()
+        c.in_sync(c.beta)
+        assert read(c.beta) == b"b"
+        status = c.beta.wait(
+            lambda s: s["arbiter"]["record"]["owner"] == "", "the record names both"
+        )
+        assert any("(c)" in line for line in status["promise"])
+        c.beta.order("stop", both=True)
+        c.alpha.rests("STOP", "stopped")
+        c.beta.rests("STOP", "stopped")
+        c.assert_equal()
+
+
+def test_without_its_arbiter_a_pair_serves_and_a_lone_node_waits(etcd: Etcd) -> None:
+    """Breaks in the field: an arbiter that is down stops a healthy pair; or a node goes on without
+    the arbiter's word.
+    """
+    with Cluster(arbiter="etcd", more=section(etcd)) as c:
+        c.start()
+        with etcd.frozen():
+            write(c.alpha, b"c")
+            c.alpha.lose()
+            status = c.beta.wait(lambda s: s["row"] == "takeover, unknown", "no answer")
+            assert status["role"] == "WAIT"
+            assert etcd.url in status["reason"]
+        c.beta.is_now("ALONE")
+        assert read(c.beta) == b"c"
+
+
+class ThirdHost(Etcd):
+    """An etcd on the router."""
+
+    def __init__(self, network: Switched) -> None:
+        self.network = network
+        super().__init__()
+
+    @property
+    def url(self) -> str:
+        """Where the nodes find it."""
+        return f"http://{ETCD_HOST}:{self.port}"
+
+    def command(self) -> Sequence[str]:
+        """See Server."""
+        return [*self.network.enter(ROUTER), *super().command()]
+
+    def is_listening(self) -> bool:
+        """See Server."""
+        with self.network.inside(ROUTER) as host:
+            return host.submit(self._takes_connections).result()
+
+    def _takes_connections(self) -> bool:
+        try:
+            socket.create_connection((ETCD_HOST, self.port), 1).close()
+        except OSError:
+            return False
+        return True
+
+
+class Parted(Cluster):
+    """Its files are made on a host from which the etcd is reached."""
+
+    def create(self, *, sparse: bool = False) -> "Parted":
+        """See Cluster."""
+        assert self.network is not None
+        with self.network.inside("alpha") as host:
+            host.submit(lambda: super(Parted, self).create(sparse=sparse)).result()
+        return self
+
+
+@pytest.fixture
+def network() -> Iterator[Switched]:
+    """Two nodes, and a router with the etcd."""
+    with Switched() as made:
+        yield made
+
+
+@pytest.fixture
+def c(network: Switched) -> Iterator[Parted]:
+    """A pair in sync."""
+    with (
+        ThirdHost(network) as server,
+        Parted(arbiter="etcd", more=APPLICATION + section(server), network=network) as made,
+    ):
+        made.start()
+        yield made
+
+
+def runs(c: Cluster) -> set[str]:
+    """On which nodes the application runs."""
+    return {node.name for node in c.both if (c.root / f"{node.name}.runs").exists()}
+
+
+def begin(node: ClusterNode) -> Load:
+    """A client that writes on this node."""
+    load = Load(f"nbd+unix:///?socket={node.config.export_unix}", first=1, slots=256)
+    load.start().wait(50)
+    return load
+
+
+def test_a_cut_between_the_nodes_leaves_one(c: Parted, network: Switched) -> None:
+    """Breaks in the field: with the arbiter reached by both, both go on; or neither does."""
+    load = begin(c.alpha)
+    network.part("alpha", "beta")
+    c.alpha.is_now("ALONE")
+    status = c.beta.wait(lambda s: s["row"] == "takeover, no", "the record says no")
+    assert "node 1" in status["reason"]
+    assert "`nbdmirror prim --force`" in status["remedy"]
+    assert runs(c) == {"alpha"}
+    load.wait(200)
+    network.heal()
+    c.in_sync(c.alpha)
+    load.wait(50)
+    load.stop()
+    assert not load.error
+    load.assert_kept(c.alpha.data)
+    c.alpha.order("stop", both=True)
+    c.alpha.rests("STOP", "stopped")
+    c.beta.rests("STOP", "stopped")
+    c.assert_equal()
+
+
+def test_a_primary_behind_a_dead_port_gives_way(c: Parted, network: Switched) -> None:
+    """Breaks in the field: the primary that sees nobody acknowledges; or nobody takes over."""
+    load = begin(c.alpha)
+    network.isolate("alpha")
+    c.beta.is_now("ALONE")
+    write(c.beta, b"z", offset=8 << 20)
+    c.alpha.wait(lambda s: s["engine"]["frozen"] and s["row"] == "frozen, unknown", "it waits")
+    network.heal()
+    c.in_sync(c.beta)
+    assert load.ended().error, "what was frozen ends as an error: outcome unknown"
+    load.assert_kept(c.beta.data)
+    assert read(c.beta, 8 << 20) == b"z"
+    assert runs(c) == {"beta"}
+    c.beta.order("stop", both=True)
+    c.alpha.rests("STOP", "stopped")
+    c.beta.rests("STOP", "stopped")
+    c.assert_equal()
+
+
+def test_a_freeze_without_an_answer_has_an_end(network: Switched) -> None:
+    """Breaks in the field: a primary that sees nobody holds its clients for ever, and is not ready
+    to meet its peer when the cable is back.
+    """
+    limit = "[engine]\nfreeze_limit_ms = 5000\n"
+    with (
+        ThirdHost(network) as server,
+        Parted(arbiter="etcd", more=limit + section(server), network=network) as c,
+    ):
+        c.start()
+        load = begin(c.alpha)
+        network.isolate("alpha")
+        c.beta.is_now("ALONE")
+        status = c.alpha.wait(lambda s: s["role"] == "WAIT", "the bound")
+        assert status["row"] == "takeover, unknown"
+        assert load.ended().error
+        network.heal()
+        c.in_sync(c.beta)
+
+
+def test_a_primary_that_slept_acknowledges_nothing(c: Parted) -> None:
+    """Breaks in the field: a host that was suspended wakes up and goes on where it was, after its
+    peer has taken over.
+    """
+    load = begin(c.alpha)
+    engine = c.alpha.engine_pid()
+    c.alpha.signal(signal.SIGSTOP)
+    os.kill(engine, signal.SIGSTOP)
+    c.beta.is_now("ALONE")
+    load_there = begin(c.beta)
+    os.kill(engine, signal.SIGCONT)
+    c.alpha.signal(signal.SIGCONT)
+    c.in_sync(c.beta)
+    assert load.ended().error
+    load_there.wait(50)
+    load_there.stop()
+    assert not load_there.error
+    assert runs(c) == {"beta"}
+    load_there.assert_kept(c.alpha.data, c.beta.data)
+
+
+def test_an_operator_forces_against_the_record(c: Parted, network: Switched) -> None:
+    """Breaks in the field: the owner of the record is gone for good, and nobody can serve; or the
+    one that was forced over returns, and both serve.
+    """
+    load = begin(c.alpha)
+    network.part("alpha", "beta")
+    c.alpha.is_now("ALONE")
+    c.beta.wait(lambda s: s["row"] == "takeover, no", "the record says no")
+    load.stop()
+    write(c.alpha, b"o")
+    network.isolate("alpha")
+    c.beta.order("prim", force=True)
+    status = c.beta.is_now("ALONE")
+    c.beta.wait(lambda s: s["arbiter"]["record"]["owner"] == "beta", "the record is replaced")
+    write(c.beta, b"n")
+    assert status["wanted"]
+    network.part("alpha", "beta")
+    # It sees the record again, and nothing else.
+    c.alpha.wait(lambda s: s["role"] == "WAIT", "it gives way")
+    assert runs(c) == {"beta"}
+    network.heal()
+    c.alpha.wait(lambda s: bool(s["engine"]) and "split" in s["engine"]["flags"], "a split brain")
+    c.alpha.order("second", force=True)
+    c.in_sync(c.beta)
+    assert read(c.beta) == b"n"
+
+
+def test_a_store_that_lost_everything_is_told_and_gets_its_record_again(network: Switched) -> None:
+    """Breaks in the field: the etcd was made anew from nothing, nobody notices, and at the next
+    failover both nodes wait; or a node goes on by the word of a store that has forgotten.
+    """
+    with Etcd() as server, Cluster(arbiter="etcd", more=section(server)) as c:
+        c.start()
+        write(c.alpha, b"e")
+        server.delete_all()
+        for node in c.both:
+            node.signal(signal.SIGTERM)
+            assert node.ended() == 0
+            node.up()
+        status = c.alpha.wait(lambda s: "lost it" in s["arbiter"]["trouble"], "it is told")
+        assert any("no node goes on alone" in line for line in status["promise"])
+        c.alpha.order("resync")
+        c.alpha.wait(
+            lambda s: s["arbiter"]["record"] is not None and not s["arbiter"]["trouble"], "again"
+        )
+        c.in_sync(c.alpha)
+        c.alpha.lose()
+        c.beta.is_now("ALONE")
+        assert read(c.beta) == b"e"
