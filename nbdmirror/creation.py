@@ -66,7 +66,6 @@ _ARBITER_NOTES: Final = {
     "azure-blob": "the one that a blob lets, by a conditional write",
 }
 # Those whose tables `render` can write.
-ARBITERS_MADE: Final = tuple(_ARBITER_NOTES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -116,7 +116,8 @@ def _value(key: str, value: Any) -> Any:
     """As the file has it."""
     if isinstance(value, Address | Path):
         return str(value)
-    return format_size(value) if key in _SIZES else value
+    # `region` is a size of the device, and a place of a store.
+    return format_size(value) if key in _SIZES and isinstance(value, int) else value
 
 
 def _checker(section: dict[str, Any]) -> dict[str, Any]:

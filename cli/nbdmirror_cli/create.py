@@ -151,11 +151,6 @@ def _plan(name: str, chosen: dict[str, Any]) -> tuple[Plan, Place]:
     if arbiter not in ARBITERS:
         shown = f"{arbiter!r} is none" if arbiter else "is not chosen"
         raise click.UsageError(f"--arbiter {shown}: {ARBITER_CHOICE}")
-    if arbiter not in creation.ARBITERS_MADE:
-        raise click.UsageError(
-            f"--arbiter {arbiter}: `create` cannot ask for the table [{arbiter}] yet; write the "
-            "configuration file by hand (docs/configuration.md), then `nbdmirror metadata create`"
-        )
     if arbiter == "ping" and not chosen["ping_address"]:
         raise click.UsageError(
             "--arbiter ping asks addresses: name a router that both nodes see, and better two, "

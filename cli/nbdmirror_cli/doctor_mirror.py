@@ -35,6 +35,7 @@ from nbdmirror_cli.doctor import (
     no_echo,
     probe_port,
 )
+from nbdmirror_cli.doctor_arbiter import store
 from nbdmirror_cli.options import Source
 
 CONNECT_S: Final = 3.0
@@ -61,6 +62,7 @@ def checks(source: Source) -> list[Check]:
             for check in (data_files, run_directory, own_addresses, peer, controller_port)
         ),
         partial(key, source),
+        *([partial(store, source)] if config.arbiter.has_memory else []),
         *_optional(config),
         partial(leftovers, config, source),
     ]

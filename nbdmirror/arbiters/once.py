@@ -8,7 +8,6 @@ claim into one whose end nobody knows. Redirects are refused by those who ask.
 """
 
 import ssl
-import sys
 from typing import Any
 
 import aiohttp
@@ -35,14 +34,8 @@ def connector_arguments() -> dict[str, Any]:
 
 def new_session(tls: ssl.SSLContext | None, **more: Any) -> aiohttp.ClientSession:
     """A session that sends once. `tls`: None is the system's certificates."""
-    connector = aiohttp.TCPConnector(
-        ssl=tls or True,
-        # A TLS connection waits for the other end's goodbye, here for 30 s; this aborts it after 2.
-        enable_cleanup_closed=sys.version_info < (3, 12, 7),
-        **connector_arguments(),
-    )
     return aiohttp.ClientSession(
-        connector=connector,
+        connector=aiohttp.TCPConnector(ssl=tls or True, **connector_arguments()),
         cookie_jar=aiohttp.DummyCookieJar(),
         middlewares=(once,),
         **more,

@@ -42,6 +42,16 @@ def identity_for(config: Config, mirror_id: bytes, *, join: bool, replace: bool)
     return _asked(config, mirror_id, look)
 
 
+def look(config: Config, mirror_id: bytes) -> tuple[bytes, Record | None]:
+    """The identity of the store, and its record. Raises ArbiterError."""
+
+    async def read(store: RecordStore) -> tuple[bytes, Record | None]:
+        identity, held = await store.identity(), await store.read()
+        return identity, held.record if held is not None else None
+
+    return _asked(config, mirror_id, read)
+
+
 def register(config: Config, superblock: Superblock, *, replace: bool) -> None:
     """Name the node of this superblock, with its first generation, as the owner.
 

@@ -263,7 +263,7 @@ def test_without_an_arbiter_the_choice_is_explained(
     """Breaks in the field: a mirror is made whose behaviour in a partition nobody chose."""
     words = servers.create()
     at = words.index("--arbiter")
-    for chosen in ([], ["--arbiter", "etcd"], ["--arbiter", "coin"]):
+    for chosen in ([], ["--arbiter", "coin"]):
         assert run([*words[:at], *words[at + 2 :], *chosen]) == 2
         said = capsys.readouterr().err
         assert '"none"        both may go on alone' in said
@@ -271,6 +271,10 @@ def test_without_an_arbiter_the_choice_is_explained(
         assert '"azure-blob"  as etcd' in said
     assert run([*words, "--arbiter", "ping"]) == 2
     assert "--ping-address" in capsys.readouterr().err
+    assert run([*words, "--arbiter", "etcd"]) == 2
+    assert "--store endpoints=https://10.1.0.9:2379" in capsys.readouterr().err
+    assert run([*words, "--store", "bucket=records"]) == 2
+    assert "this arbiter has no store" in capsys.readouterr().err
     assert servers.names() == []
 
 

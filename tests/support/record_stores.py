@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import Any, TypeVar
 
 from nbdmirror.arbiters.azure_blob import AzureBlobStore
@@ -32,14 +33,26 @@ from tests.support.stores import (
     sas,
 )
 
+GOODBYE_S = 5.0
 TIMEOUT_MS = 10_000  # the most that can be configured: the machine may be slow
 G1, G2, G3 = (bytes([n]) * 16 for n in (1, 2, 3))
 T = TypeVar("T")
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
-    """Let it run to its end, in an event loop of its own."""
-    return asyncio.run(main)
+    """Let it run to its end, in an event loop of its own, and its connections to theirs."""
+
+    async def whole() -> T:
+        try:
+            return await main
+        finally:
+            # TLS connections wait for the other end's goodbye, which a closed loop never hears.
+            until, loop = monotonic() + GOODBYE_S, asyncio.get_running_loop()
+            sockets = loop._selector.get_map()  # type: ignore[attr-defined]  # no other way to see
+            while len(sockets) > 1 and monotonic() < until:  # noqa: ASYNC110 - one is the loop's own
+                await asyncio.sleep(0)
+
+    return asyncio.run(whole())
 
 
 def secret_file(directory: Path, text: str) -> str:

@@ -162,6 +162,18 @@ class Etcd(Server):
             *("--logger", "zap", "--unsafe-no-fsync", *self.more),
         ]
 
+    def is_listening(self) -> bool:
+        """It takes connections before it has a leader, and answers nothing then."""
+        return super().is_listening() and (self.scheme != "http" or self.is_healthy())
+
+    def is_healthy(self) -> bool:
+        """Whether it says so itself."""
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=START_S) as answer:
+                return b"true" in answer.read()
+        except OSError:
+            return False
+
     def delete_all(self) -> None:
         """Every key is gone; the cluster is the same one."""
         everything = base64.b64encode(b"\0").decode()

@@ -2,6 +2,7 @@
 the simulator's, which drives the same paths.
 """
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -130,6 +131,24 @@ def test_the_peer_is_faster() -> None:
     ended = steps.send(store.answer(Read()))
     assert isinstance(ended, Command)
     assert ended.args["won"] is False
+
+
+def test_a_proof_of_the_peer_is_no_claim_of_it() -> None:
+    """Breaks in the field: the peer proves each minute that it could claim, and a primary whose
+    claim met that steps back with nobody to take over.
+    """
+    store = Store(record())
+    steps = fresh().claim(state())
+    request = next(steps)
+    with contextlib.suppress(StopIteration):
+        while True:
+            if isinstance(request, Swap) and not store.requests:
+                store.requests.append(request)
+                request = steps.send(False)
+            else:
+                request = steps.send(store.answer(request))
+    assert store.record is not None
+    assert store.record.names(ME, MINE)
 
 
 def test_no_answer_is_no_no() -> None:

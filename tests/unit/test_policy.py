@@ -147,6 +147,9 @@ CASES: Final[tuple[tuple[str, Step, str, View], ...]] = (
         engine=primary(phase="", right_alone=True, refusal="another key"), service=UP)),
     ("alone", Step.NOTHING, "brought up to date", view(
         engine=primary(phase="resync", right_alone=True), service=UP)),
+    # The operator gave the other copy up: (a) of the joint step, before the flag is gone.
+    ("alone", Step.NOTHING, "brought up to date", view(
+        engine=primary(phase="joint", split=True), service=UP)),
     ("alone", Step.NOTHING, "not connected", view(engine=frozen(asks=False))),
     ("primary", Step.NOTHING, "has every write", view(engine=primary(), service=UP)),
     ("listening", Step.NOTHING, "begun to listen", view(

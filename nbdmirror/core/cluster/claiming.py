@@ -31,6 +31,7 @@ from nbdmirror.errors import ArbiterError, RefusedError
 
 State: TypeAlias = Mapping[str, Any]
 EARLIER_LIFE: Final = "?"
+TRIES_MAX: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,19 +173,20 @@ class Claimant:
     # --- their parts --------------------------------------------------------------------------
 
     def _take(self, held: Held, wanted: bytes, holds: list[str]) -> Steps:
+        """Swap, and again where the record was written as it is meanwhile: the peer's proof."""
         record = held.record
-        if not record.names(self._me, wanted):
-            if not self._may_claim(record, holds):
-                yield from claimed(wanted, record, won=False)
-                return Outcome(False, f"the record names {told(record)}")
-            done = yield from self._swap(held, record.next(wanted, self._me))
-            if done:
+        for _ in range(TRIES_MAX):
+            if record.names(self._me, wanted) or not self._may_claim(record, holds):
+                break
+            if (yield from self._swap(held, record.next(wanted, self._me))):
                 record = record.next(wanted, self._me)
-            else:
-                now = yield Read()
-                if now is None:
-                    raise ArbiterError("the record was removed while it was being claimed")
-                record = now.record
+                break
+            now = yield Read()
+            if now is None:
+                raise ArbiterError("the record was removed while it was being claimed")
+            held, record = now, now.record
+        else:
+            raise ArbiterError("the record is written again and again by somebody else")
         won = record.names(self._me, wanted)
         yield from claimed(wanted, record, won=won)
         return Outcome(won, f"the record names {'this node' if won else told(record)}")

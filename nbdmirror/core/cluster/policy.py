@@ -30,7 +30,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, TypeAlias
 
-from nbdmirror.core.cluster.view import Engine, OrderKind, Service, Standing, Verdict, View
+from nbdmirror.core.cluster.view import (
+    NEGOTIATING,
+    Engine,
+    OrderKind,
+    Service,
+    Standing,
+    Verdict,
+    View,
+)
 
 
 class Step(StrEnum):
@@ -305,7 +313,10 @@ def gives_way(v: View) -> bool:
     """Whether this node must stop serving for its peer to be right."""
     e = engine(v)
     replaced = v.peer.heard and v.peer.primary and not e.right_alone and not e.synced
-    return e.stop_first or (e.split and not e.right_alone) or replaced or deposed(v)
+    # While the other copy is filled from this one the split brain is over, and in the joint step
+    # the right is given up before that is stored.
+    split = e.split and not e.right_alone and e.phase in ("", NEGOTIATING)
+    return e.stop_first or split or replaced or deposed(v)
 
 
 def deposed(v: View) -> bool:
