@@ -41,6 +41,10 @@ class RefusedError(NbdMirrorError):
     exit_code: ClassVar[int] = 13
 
 
+class NoRoomToKeepError(RefusedError):
+    """What a copy held that was given up cannot be kept, so it is not overwritten (rule 19)."""
+
+
 class StaleCommandError(RefusedError):
     """A command decided under another engine instance or role epoch."""
 

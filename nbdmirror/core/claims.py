@@ -7,11 +7,11 @@ and swapping the record is for whoever commands.
 
 from dataclasses import replace
 
-from nbdmirror.core.decide import promotable
 from nbdmirror.core.durable import NO_GENERATION, add_base
 from nbdmirror.core.negotiate import claim_unsettled
 from nbdmirror.core.node import Node, Role
 from nbdmirror.core.ports import Path
+from nbdmirror.core.promotable import promotable
 from nbdmirror.core.session import Phase
 from nbdmirror.core.superblock import (
     DataState,

@@ -1,10 +1,9 @@
-"""Which of two copies is right: the decision table, and who may be promoted.
+"""Which of two copies is right: the decision table.
 
-Owns the comparison of two nodes' metadata at contact (`decide`) and the question whether one node's
-own metadata lets it become primary (`promotable`). Must never look at a clock, a timer, the
-arbiter's record or the data: the answer is a function of the two views and nothing else, so that
-both nodes come to the same answer without talking about it, and the model of the protocol calls
-this very code.
+Owns the comparison of two nodes' metadata at contact (`decide`). Must never look at a clock, a
+timer, the arbiter's record or the data: the answer is a function of the two views and nothing else,
+so that both nodes come to the same answer without talking about it, and the model of the protocol
+calls this very code. Who may be promoted is in promotable.py.
 
 How to read the table (`TABLE`)
 -------------------------------
@@ -21,7 +20,8 @@ Rows are tried from the top, the first that applies decides. The order carries t
    `base` names every generation that the peer may hold while this node acknowledged without it, so
    "held by one, in the base of the other" means: ahead by exactly what the map says. Held by
    one and only in the *history* of the other means ahead by more than the map knows. The same base
-   on both sides means that both went on alone from there: a split brain, and no data moves.
+   on both sides means that both went on alone from there: a split brain, and no data moves, unless
+   the map of one side says that it wrote nothing there.
 
    "Common ancestor" is the last of these rows on purpose. Two nodes of which one is simply older
    share ancestors too; only when neither line contains the other is the shared one a fork.
@@ -121,14 +121,6 @@ class Decision:
     row: str
     reason: str
     stop_first: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """Why a node may not be promoted without force; `rule` is its number in docs/safety.md."""
-
-    rule: int
-    reason: str
 
 
 def _real(generations: Iterable[bytes]) -> frozenset[bytes]:
@@ -321,6 +313,24 @@ def _rolled_back(pair: _Pair) -> bool:
     )
 
 
+def _wrote_alone(pair: _Pair) -> NodeView | None:
+    """Of two lines from one place, the only one with something in it; None: both have, or a doubt.
+
+    A generation begins with the first answer that counts alone, which may be that of a flush. A
+    map is what the peer lacks, so an empty one says that nothing of this side would be lost; but
+    not where it is of an older day than the data, as after a restored backup.
+    """
+    apart = pair.mine_in_base == pair.theirs_in_base and pair.related
+    doubtful = (
+        pair.mine_rolled or pair.theirs_rolled or pair.mine.fell_back or pair.theirs.fell_back
+    )
+    if not apart or doubtful or (pair.mine.dirty and pair.theirs.dirty):
+        return None
+    writer = _only(pair, lambda view: view.dirty) or _equal_source(pair)
+    bad = writer.data_state is not DataState.UPTODATE or Flags.FAILED in writer.flags
+    return None if bad else writer
+
+
 def _fork(pair: _Pair) -> bool:
     """Lines that share something, where no row above found one containing the other."""
     if pair.mine_in_history and pair.theirs_in_history:
@@ -394,6 +404,12 @@ TABLE: Final[tuple[Row, ...]] = (
         "equal generations", lambda p: p.equal, _equal_kind, _equal_source,
         "Both nodes hold the same generation, so node {source} leads and node {target} gets what"
         " the maps name, nothing if they are empty.",
+    ),
+    Row(
+        "one side wrote nothing", lambda p: _wrote_alone(p) is not None,
+        _fixed(DecisionKind.COPY_BY_MAP), _wrote_alone,
+        "Nodes {low} and {high} both went on alone, but node {target} wrote nothing that node"
+        " {source} lacks, so what the map of node {source} names is copied to node {target}.",
     ),
     Row(
         "each in the other's base", lambda p: p.mine_in_base and p.theirs_in_base,
@@ -533,77 +549,3 @@ def decide(mine: NodeView, theirs: NodeView) -> Decision:
     if source is None:
         return Decision(kind, None, row.name, row.reason.format(**_names(pair, None)))
     return _lead(pair, row, kind, source)
-
-
-_STATE_REFUSALS: Final = {
-    DataState.BLANK: "its copy is blank, promoting it loses everything the mirror ever stored",
-    DataState.INCONSISTENT: (
-        "its copy is in the middle of a resync, old and new blocks are mixed and a file system on"
-        " it will be damaged"
-    ),
-    DataState.OUTDATED: (
-        "its copy is known to be behind, promoting it loses what its peer acknowledged since"
-        " it left"
-    ),
-}
-
-
-def _may_resume(view: NodeView, *, arbiter_has_memory: bool) -> bool:
-    """Whether a node without its page cache may resume: nobody else can hold what it acknowledged.
-
-    With a memory the record still has to name this node or let it claim, which is the controller's
-    part; an own claim that is pending may be such a record.
-    """
-    if Flags.PEER_OUTDATED in view.flags or Flags.ALONE in view.flags:
-        return True
-    return arbiter_has_memory and view.pending_kind is PendingKind.CLAIM
-
-
-def _obstacle(view: NodeView, *, arbiter_has_memory: bool) -> tuple[int, str] | None:
-    """(rule, what is wrong and what is lost) of the first rule that stands in the way."""
-    if view.data_state is not DataState.UPTODATE:
-        return 14, _STATE_REFUSALS[view.data_state]
-    if Flags.FAILED in view.flags:
-        return 5, "its disk failed a flush, writes that were acknowledged may be missing from it"
-    if view.fell_back:
-        return 7, (
-            "it had to fall back to older metadata that nobody confirmed, its peer may hold writes"
-            " that are lost by promoting it"
-        )
-    if Flags.SPLIT in view.flags and Flags.ALONE not in view.flags:
-        return 19, (
-            "it waits after a split brain while its peer goes on alone, promoting it makes both"
-            " copies go further apart"
-        )
-    if not view.cache_survived and not _may_resume(view, arbiter_has_memory=arbiter_has_memory):
-        return 12, (
-            "it lost its page cache since it was last in sync, the last writes that both nodes"
-            " acknowledged may be on its peer only and are lost by promoting it"
-        )
-    return None
-
-
-def promotable(
-    view: NodeView,
-    peer_connected: bool,  # noqa: FBT001 - a plain fact
-    arbiter_has_memory: bool,  # noqa: FBT001 - a plain fact
-) -> Refusal | None:
-    """Why this node may not be promoted without force; None when its metadata allows it.
-
-    None is not yet the right to acknowledge: with an arbiter that has a memory the claim comes
-    first.
-    """
-    obstacle = _obstacle(view, arbiter_has_memory=arbiter_has_memory)
-    if obstacle is None:
-        return None
-    rule, what = obstacle
-    remedy = (
-        "promote its peer, or wait until the resync with it has ended"
-        if peer_connected
-        else "bring its peer back"
-    )
-    return Refusal(
-        rule,
-        f"Node {view.node_id} is not promoted: {what} (rule {rule}); {remedy}; to do it all the"
-        f" same, type `{FORCE_COMMAND}`.",
-    )

@@ -3,9 +3,9 @@
 from typing import Any
 
 from nbdmirror.core.claims import record_may_hold
-from nbdmirror.core.decide import promotable
 from nbdmirror.core.negotiate import claim_unsettled
 from nbdmirror.core.node import Node
+from nbdmirror.core.promotable import promotable
 from nbdmirror.core.superblock import Flags
 from nbdmirror.core.view import node_view, state_message
 

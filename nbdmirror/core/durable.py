@@ -12,6 +12,7 @@ from nbdmirror.core.dirtymap import DirtyMap
 from nbdmirror.core.intentlog import IntentLog
 from nbdmirror.core.ports import MetaStore, Path, Shell, Waiter
 from nbdmirror.core.superblock import (
+    DataState,
     Flags,
     PendingKind,
     Superblock,
@@ -51,6 +52,8 @@ class Durable:
         self.dirty = opened.dirty
         self.log = opened.log
         self.geometry = opened.dirty.geometry
+        # How much is kept of a copy that was given up; every store of the superblock has it.
+        self.saved_bytes = opened.superblock.saved_bytes
         self.failed = ""
         self.failure_lost = False
         self.arbiter_counter = self.sb.arbiter_counter
@@ -115,6 +118,7 @@ class Durable:
                 own_txn=max(self.log.txn, wanted.own_txn),
                 peer_txn=max(self.log.peer_txn, wanted.peer_txn),
                 arbiter_counter=max(self.arbiter_counter, wanted.arbiter_counter),
+                saved_bytes=self.saved_bytes,
             )
             yield (self.meta.write_superblock, wanted)
             self.sb = wanted
@@ -262,3 +266,17 @@ def add_base(base: tuple[bytes, ...], *generations: bytes) -> tuple[bytes, ...]:
     """
     named = dict.fromkeys(g for g in reversed((*base, *generations)) if any(g))
     return tuple(reversed(list(named)[:BASE_COUNT_MAX]))
+
+
+def inconsistent(sb: Superblock) -> Superblock:
+    """In the middle of a resync: neither promotable nor a source; nothing of its own is pending."""
+    gone = Flags.ALONE | Flags.PEER_OUTDATED | Flags.WAS_PRIMARY | Flags.ZEROED | Flags.SPLIT
+    gone |= Flags.TOOK_OVER
+    return replace(
+        sb,
+        data_state=DataState.INCONSISTENT,
+        flags=sb.flags & ~gone,
+        base=add_base(sb.base, sb.pending),
+        pending=bytes(16),
+        pending_kind=PendingKind.NONE,
+    )

@@ -14,6 +14,7 @@ Nothing here knows how a thread, a socket or a file works, and nothing here is r
 import errno
 from contextlib import suppress
 
+from nbdmirror.core.keeping import keep_before, keep_before_zeros
 from nbdmirror.core.messages import Stable
 from nbdmirror.core.node import Node
 from nbdmirror.core.ports import Path, ReadBuffer, WriteBuffer
@@ -99,6 +100,7 @@ def request(  # noqa: C901, PLR0912 - the life of a write, on one screen on purp
                 try:
                     if version:
                         yield from node.commit(version)
+                    yield from keep_old(node, operation)
                     yield local_leg(node, operation)
                     if operation.durable and kind is not FrameType.WRITE:
                         yield (node.store.fdatasync,)
@@ -186,6 +188,13 @@ def register(node: Node, operation: Operation) -> tuple[int, Session | None]:
         # Frozen: if the session is resumed this goes out under the same number.
         node.remember_unflushed(seq, offset, end)
     return version, None
+
+
+def keep_old(node: Node, operation: Operation) -> Path:
+    """What a copy that was given up held is kept before a write of today changes it (rule 19)."""
+    if node.keep.kept is not None:
+        keep = keep_before if operation.kind is FrameType.WRITE else keep_before_zeros
+        yield from keep(node, operation.offset, operation.end)
 
 
 def local_leg(node: Node, operation: Operation) -> tuple[object, ...]:

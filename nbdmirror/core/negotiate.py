@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from nbdmirror.core.decide import Decision, DecisionKind, NodeView, decide
-from nbdmirror.core.durable import add_base
+from nbdmirror.core.durable import add_base, inconsistent
 from nbdmirror.core.joint import joint_step, require_live
 from nbdmirror.core.messages import (
     Bye,
@@ -28,8 +28,14 @@ from nbdmirror.core.replica import replica
 from nbdmirror.core.resync import resync
 from nbdmirror.core.session import EMPTY, Operation, Phase, Session
 from nbdmirror.core.session import Verdict as Outcome
-from nbdmirror.core.superblock import DataState, Flags, PendingKind, Superblock
-from nbdmirror.core.view import node_view, state_message, view_of_state
+from nbdmirror.core.superblock import Flags, PendingKind, Superblock
+from nbdmirror.core.view import (
+    dirty_count,
+    node_view,
+    offers_fast_zero,
+    state_message,
+    view_of_state,
+)
 from nbdmirror.core.wire import FrameType
 from nbdmirror.errors import (
     NbdMirrorError,
@@ -166,6 +172,8 @@ def require_fresh(node: Node, session: Session) -> None:
         raise PeerRefusedError(f"a change of role ({node.changing}) is under way; try again")
     if node.failed:
         raise PeerRefusedError(f"this node's disk failed: {node.failed}; repair it and restart")
+    if node.keep.hold:
+        raise PeerRefusedError(node.keep.hold)
     if claim_unsettled(node):
         raise PeerRefusedError("a claim at the arbiter is not settled yet; try again")
     node.session = session
@@ -289,7 +297,7 @@ def begin(node: Node, session: Session, decision: Decision, theirs: State) -> Pa
     node.stop_first = decision.stop_first and node.role is Role.PRIMARY
     if decision.kind not in GOES_ON or decision.stop_first:
         if decision.kind is DecisionKind.SPLIT_BRAIN:
-            yield from split_brain(node, waits=decision.stop_first)
+            yield from split_brain(node, theirs, waits=decision.stop_first)
         raise PeerRefusedError(decision.reason)
     settle_settings(node, theirs)
     node.shell.emit("decided", verdict=decision.kind.name, row=decision.row, reason=decision.reason)
@@ -300,7 +308,7 @@ def begin(node: Node, session: Session, decision: Decision, theirs: State) -> Pa
         yield from target(node, session, decision)
 
 
-def split_brain(node: Node, *, waits: bool) -> Path:
+def split_brain(node: Node, theirs: State, *, waits: bool) -> Path:
     """Record the verdict; the side that waits gives up its right, and stops serving if it does.
 
     Both copies are kept. The other side goes on alone; which of the two is given up is the
@@ -308,7 +316,13 @@ def split_brain(node: Node, *, waits: bool) -> Path:
     """
     gone = Flags.ALONE | Flags.PEER_OUTDATED if waits else Flags(0)
     yield from node.change(lambda sb: replace(sb, flags=(sb.flags | Flags.SPLIT) & ~gone))
-    node.shell.emit("split-brain", waits=waits)
+    own_bytes, peer_bytes = (each * node.sb.extent_bytes for each in (
+        dirty_count(node), theirs.dirty_count))  # fmt: skip
+    split = node.split
+    split.waits, split.peer_bytes = waits, peer_bytes
+    if split.found_ms is None:
+        split.found_ms = split.now_ms
+    node.shell.emit("split-brain", waits=waits, own_bytes=own_bytes, peer_bytes=peer_bytes)
     if waits and node.role is Role.PRIMARY:
         node.take_role(Role.NONE)
         node.answer()
@@ -323,7 +337,7 @@ def settle_settings(node: Node, theirs: State) -> None:
     node.ack_timeout_ms = max(node.settings.ack_timeout_ms, theirs.ack_timeout_ms)
     node.arbiter_counter = max(node.arbiter_counter, theirs.arbiter_counter)
     node.trim_ok = bool(theirs.trim_ok) and node.own_trim_ok
-    node.fast_zero_ok = bool(theirs.fast_zero_ok) and node.own_fast_zero_ok
+    node.fast_zero_ok = bool(theirs.fast_zero_ok) and offers_fast_zero(node)
 
 
 def source(node: Node, session: Session, decision: Decision, theirs: State) -> Path:
@@ -468,20 +482,6 @@ def while_live(
 def knows(peer_uuid: bytes) -> Callable[[Superblock], Superblock]:
     """The edit that makes a machine the peer of this mirror: another one is refused after it."""
     return lambda sb: replace(sb, peer_uuid=peer_uuid)
-
-
-def inconsistent(sb: Superblock) -> Superblock:
-    """In the middle of a resync: neither promotable nor a source; nothing of its own is pending."""
-    gone = Flags.ALONE | Flags.PEER_OUTDATED | Flags.WAS_PRIMARY | Flags.ZEROED | Flags.SPLIT
-    gone |= Flags.TOOK_OVER
-    return replace(
-        sb,
-        data_state=DataState.INCONSISTENT,
-        flags=sb.flags & ~gone,
-        base=add_base(sb.base, sb.pending),
-        pending=bytes(16),
-        pending_kind=PendingKind.NONE,
-    )
 
 
 def refreshed(node: Node, *, keep_primary: bool) -> Callable[[Superblock], Superblock]:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from nbdmirror.core.aftermath import Keep, Split
 from nbdmirror.core.durable import NO_GENERATION, NO_LIMIT_SEQ, Durable, Opened, wake_all
 from nbdmirror.core.ports import MetaStore, Path, Shell, Store, Waiter
 from nbdmirror.core.ranges import RangeLocks
@@ -35,6 +36,7 @@ from nbdmirror.limits import (
     FLUSH_BYTES,
     FLUSH_INTERVAL_MS,
     FREEZE_LIMIT_MS,
+    KEEP_BYTES,
     QUIESCE_TIMEOUT_MS,
     UNFLUSHED_ENTRIES_MAX,
 )
@@ -68,6 +70,7 @@ class Settings:
     freeze_limit_ms: int = FREEZE_LIMIT_MS
     read_lease_ms: int = 0
     hand_over: bool = True
+    keep_bytes: int = KEEP_BYTES
 
 
 class Node(Durable):
@@ -130,6 +133,8 @@ class Node(Durable):
         self.was_attended = False
         # The session after which this node has answered, by way of the controllers, that it stays.
         self.stays_after = 0
+        self.split = Split()
+        self.keep = Keep(settings.keep_bytes)
         self.relayed = EMPTY
         self.relayed_count = 0
         self._fenced_waiters: list[Waiter] = []
@@ -326,6 +331,8 @@ class Node(Durable):
         if self.session is session:
             self.session = None
             self.last_session = session if was is Phase.SYNCED else None
+            if was is Phase.SYNCED:
+                self.split.parted_ms = self.split.now_ms
         if session.sending and self.role is not Role.PRIMARY:
             self.fence()
         elif session.sending and self.right:
@@ -542,6 +549,7 @@ class Node(Durable):
         self.cache_survived = True
         self.fell_back = self.peer_failed = False
         self.refusal = ""
+        self.split.found_ms = None
         self.resync = {}
         self.shell.emit("in-sync", generation=self.sb.generation.hex())
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from nbdmirror.core.dirtymap import DirtyMap
 from nbdmirror.core.durable import Opened
 from nbdmirror.core.intentlog import IntentLog
+from nbdmirror.core.keeping import load
 from nbdmirror.core.node import Node
 from nbdmirror.core.ports import Path
 from nbdmirror.core.superblock import Flags, Superblock, choose, log_generations
@@ -71,6 +72,8 @@ def settle(node: Node, opened: Opened) -> Path:
     Raises:
         StoreError: the metadata cannot be written.
     """
+    if node.keep.file is not None:
+        yield from load(node, node.keep.file)
     yield from node.save_pages(node.dirty.unsaved_pages())
 
     def edit(sb: Superblock) -> Superblock:

@@ -76,6 +76,39 @@ class MetaStore(Protocol):
         ...
 
 
+class KeptFile(Protocol):
+    """The file of what is kept of a copy that was given up. All are yielded; all raise StoreError
+    (or OutOfSpaceError).
+    """
+
+    def open(self) -> bool:
+        """Use the file that is there; False if there is none."""
+        ...
+
+    def create(self, header: bytes, size: int) -> None:
+        """Make it with its header, `size` bytes long and otherwise a hole, durably, or not at all.
+
+        Never over another one.
+        """
+        ...
+
+    def pread(self, buffer: WriteBuffer, offset: int) -> None:
+        """Fill the whole buffer from `offset`."""
+        ...
+
+    def pwrite(self, buffer: ReadBuffer, offset: int) -> None:
+        """Write the whole buffer at `offset`, into the page cache."""
+        ...
+
+    def fdatasync(self) -> None:
+        """All writes that returned before are durable."""
+        ...
+
+    def remove(self) -> None:
+        """It is gone, durably."""
+        ...
+
+
 class Link(Protocol):
     """The sending half of the peer channel, for one session."""
 

@@ -8,6 +8,7 @@ session and waits for these paths to end before it opens the gate (rule 6).
 import errno
 
 from nbdmirror.core.checks import keyed_hash
+from nbdmirror.core.keeping import keep_before, keep_before_zeros, wait_for_space
 from nbdmirror.core.leave import answer_leave
 from nbdmirror.core.messages import Failed, JointTake, JointTaken, LeaveAsk, Stable
 from nbdmirror.core.node import Node
@@ -17,6 +18,7 @@ from nbdmirror.core.superblock import DataState
 from nbdmirror.core.wire import Frame, FrameFlag, FrameType
 from nbdmirror.errors import (
     NbdMirrorError,
+    NoRoomToKeepError,
     OutOfSpaceError,
     PeerProtocolError,
     SessionLostError,
@@ -47,6 +49,8 @@ def replica(node: Node, session: Session) -> Path:
         pass
     except PeerProtocolError as error:
         node.lose_session(session, str(error))
+    except NoRoomToKeepError as error:
+        yield from wait_for_space(node, session, error)
     except NbdMirrorError as error:
         yield from fail(node, session, error)
     finally:
@@ -84,7 +88,7 @@ def apply(node: Node, session: Session, frames: list[Frame]) -> Path:
         for frame in frames[index:stop]:
             if not session.live:
                 raise SessionLostError(session.reason)
-            if frame.type is FrameType.WRITE:
+            if frame.type is FrameType.WRITE and node.keep.kept is None:
                 yield (node.store.pwrite, frame.payload, frame.offset)
                 session.applied_seq = frame.seq
                 unacknowledged += max(len(frame.payload), ACK_BYTES_OF_FRAME)
@@ -99,6 +103,16 @@ def apply(node: Node, session: Session, frames: list[Frame]) -> Path:
                 yield from acknowledge(session)
         index = stop
         yield from acknowledge(session)
+
+
+def keep_old(node: Node, frame: Frame) -> Path:
+    """What a copy that was given up held is kept before a frame changes it (rule 19)."""
+    if node.keep.kept is None:
+        return
+    if frame.type in RANGED:
+        yield from keep_before_zeros(node, frame.offset, frame.offset + frame.aux)
+    else:
+        yield from keep_before(node, frame.offset, frame.offset + len(frame.payload))
 
 
 def work_of(frame: Frame) -> int:
@@ -140,11 +154,13 @@ def register(node: Node, frames: list[Frame], index: int) -> tuple[int, int]:
 
 
 def apply_one(node: Node, session: Session, frame: Frame) -> Path:
-    """Carry out any frame but a WRITE, which `apply` does itself."""
+    """Carry out any frame; the common WRITE is done by `apply` itself."""
     kind = frame.type
     if kind in RESYNC and node.sb.data_state is not DataState.INCONSISTENT:
         raise PeerProtocolError("a block of a resync, but this node is not inconsistent yet")
-    if kind is FrameType.RESYNC_DATA:
+    if kind in WRITES:
+        yield from keep_old(node, frame)
+    if kind is FrameType.RESYNC_DATA or kind is FrameType.WRITE:
         yield (node.store.pwrite, frame.payload, frame.offset)
     elif kind is FrameType.ZERO or kind is FrameType.RESYNC_ZERO:
         yield (node.store.zero, frame.offset, frame.aux, bool(frame.flags & FrameFlag.MAY_TRIM))

@@ -8,13 +8,13 @@ is decided elsewhere; what the metadata forbids is refused here (rules 9 to 14).
 from dataclasses import replace
 
 from nbdmirror.core.claims import claim_now, claimed_edit
-from nbdmirror.core.decide import promotable
 from nbdmirror.core.durable import NO_GENERATION
 from nbdmirror.core.io import flush_pair
 from nbdmirror.core.leave import Word, ask_to_leave, leave_by_word, left_by_word, would_stay
 from nbdmirror.core.messages import Role as RoleMessage
 from nbdmirror.core.node import OWN_CHANGES, STEP_BACK, Node, Role
 from nbdmirror.core.ports import Path
+from nbdmirror.core.promotable import promotable
 from nbdmirror.core.session import Phase, Session
 from nbdmirror.core.superblock import (
     DataState,

@@ -52,6 +52,7 @@ class Upkeep:
     def tick(self, now_ms: int) -> None:
         """Do what is due at `now_ms`."""
         node = self.node
+        node.split.now_ms = now_ms
         session = node.session
         gap = 0 if self.last_ms is None else now_ms - self.last_ms
         self.last_ms = now_ms

@@ -39,13 +39,18 @@ def state_message(node: Node) -> State:
         read_lease_ms=node.settings.read_lease_ms,
         term=sb.term,
         trim_ok=node.own_trim_ok,
-        fast_zero_ok=node.own_fast_zero_ok,
+        fast_zero_ok=offers_fast_zero(node),
         resume_session=last.number if last is not None else 0,
         resume_applied=last.applied_seq if last is not None else 0,
         peer_instance=last.peer.instance if last is not None else NO_GENERATION,
         claim_unsettled=False,
         forced_over=sb.forced_over,
     )
+
+
+def offers_fast_zero(node: Node) -> bool:
+    """Not where the old content of a range has to be kept first: its pieces have to be short."""
+    return node.own_fast_zero_ok and node.keep.kept is None
 
 
 def dirty_count(node: Node) -> int:

@@ -9,7 +9,8 @@ from enum import IntEnum
 from functools import cache
 from typing import Any, NamedTuple
 
-from nbdmirror.core.decide import Decision, NodeView, decide, promotable
+from nbdmirror.core.decide import Decision, NodeView, decide
+from nbdmirror.core.promotable import promotable
 from nbdmirror.core.superblock import ArbiterKind, DataState, Flags, PendingKind
 
 NOBODY = -1

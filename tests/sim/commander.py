@@ -12,11 +12,12 @@ from typing import Any
 
 from nbdmirror.core import roles
 from nbdmirror.core.cluster.claiming import Claimant, Steps
-from nbdmirror.core.decide import DecisionKind, decide, promotable
+from nbdmirror.core.decide import DecisionKind, decide
 from nbdmirror.core.describe import describe
 from nbdmirror.core.negotiate import claim_unsettled
 from nbdmirror.core.node import Role
 from nbdmirror.core.ports import Path
+from nbdmirror.core.promotable import promotable
 from nbdmirror.core.session import Phase
 from nbdmirror.core.superblock import DataState, Flags
 from nbdmirror.core.view import node_view, state_message

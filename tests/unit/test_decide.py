@@ -21,8 +21,8 @@ from nbdmirror.core.decide import (
     DecisionKind,
     NodeView,
     decide,
-    promotable,
 )
+from nbdmirror.core.promotable import promotable
 from nbdmirror.core.superblock import ArbiterKind, DataState, Flags, PendingKind
 
 G, G1, G2, J = (bytes([n]) * 16 for n in (1, 2, 3, 4))
@@ -59,6 +59,11 @@ def alone(view: NodeView, generation: bytes, *base: bytes) -> NodeView:
     """A node that went on alone from `base` and wrote."""
     flags = view.flags | Flags.ALONE | Flags.WAS_PRIMARY
     return replace(view, generation=generation, base=base, flags=flags, dirty=True)
+
+
+def quiet(view: NodeView, generation: bytes, *base: bytes) -> NodeView:
+    """A node that began a line of its own (by the answer to a flush) and wrote nothing."""
+    return replace(alone(view, generation, *base), dirty=False)
 
 
 def is_mirror_image(one: Decision, other: Decision) -> bool:
@@ -279,6 +284,35 @@ CASES = {
     "claim stored, nothing written": (CLAIMING, B, JOINT, "equal generations", 1),
     "claim of mine is in their base": (
         replace(CLAIMING, generation=J), alone(B, G2, G1), BY_MAP, "in the base", 2,
+    ),
+    "nothing written on one side": (
+        quiet(A, G1, G), alone(B, G2, G), BY_MAP, "one side wrote nothing", 2,
+    ),
+    "nothing written on either side": (
+        quiet(A, G1, G), quiet(B, G2, G), BY_MAP, "one side wrote nothing", 1,
+    ),
+    "nothing written, each in the other's base": (
+        quiet(A, G1, G2), alone(B, G2, G1), BY_MAP, "one side wrote nothing", 2,
+    ),
+    "nothing written, but it serves": (
+        replace(quiet(A, G1, G), primary_now=True), alone(B, G2, G),
+        REFUSE, "target is primary", 2,
+    ),
+    "nothing written, but its map is an old one": (
+        replace(quiet(A, G1, G), own_txn=1), alone(B, G2, G), SPLIT, "common base", 0,
+    ),
+    "nothing written, but the other map is an old one": (
+        quiet(A, G1, G), replace(alone(B, G2, G), own_txn=1), SPLIT, "common base", 0,
+    ),
+    "nothing written, by older metadata": (
+        replace(quiet(A, G1, G), fell_back=True), alone(B, G2, G), SPLIT, "common base", 0,
+    ),
+    "nothing written, the writer's disk failed": (
+        quiet(A, G1, G), replace(alone(B, G2, G), flags=Flags.FAILED), SPLIT, "common base", 0,
+    ),
+    "nothing written, the writer is behind": (
+        quiet(A, G1, G), replace(alone(B, G2, G), data_state=DataState.OUTDATED),
+        SPLIT, "common base", 0,
     ),
     "each in the other's base": (
         alone(A, G1, G2), alone(B, G2, G1), SPLIT, "each in the other's base", 0,
