@@ -49,6 +49,8 @@ from nbdmirror.limits import (
     FLUSH_INTERVAL_MS,
     FREEZE_LIMIT_MS,
     GIB,
+    KEEP_BYTES,
+    KEEP_BYTES_MAX,
     MIB,
     REGION_BYTES_DEFAULT,
     REGION_BYTES_MAX,
@@ -188,6 +190,13 @@ class EngineSection(Section):
         RESYNC_RATE_BYTES_MAX,
         f"; 0 is unlimited, else at least {format_size(RESYNC_CHUNK_BYTES)}",
         "most bytes per second that a resync copies",
+    )
+    keep_bytes: Size = size_field(
+        KEEP_BYTES,
+        0,
+        KEEP_BYTES_MAX,
+        "; 0 keeps nothing",
+        "most that is kept of a copy that is given up after a split brain",
     )
     freeze_limit_ms: int = count_field(
         FREEZE_LIMIT_MS,

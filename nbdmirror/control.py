@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeAlias
 
-from nbdmirror.core import ports, roles
+from nbdmirror.core import giveup, ports, roles
 from nbdmirror.core.describe import describe
 from nbdmirror.core.leave import Word
 from nbdmirror.core.messages import Relay
@@ -29,7 +29,7 @@ from nbdmirror.errors import NbdMirrorError, RefusedError, StaleCommandError
 from nbdmirror.events import EventLog
 from nbdmirror.files import path_error, remove_socket, require_socket_path
 from nbdmirror.jsonlines import described, may_command, parse
-from nbdmirror.limits import COMMAND_TIMEOUT_MS, RELAY_BYTES_MAX
+from nbdmirror.limits import COMMAND_TIMEOUT_MS, KEEP_BYTES_MAX, RELAY_BYTES_MAX
 
 LINE_BYTES_MAX: Final = 1024 * 1024
 CONNECTIONS_MAX: Final = 64
@@ -95,6 +95,9 @@ class ControlServer:
             "resync": self._resync,
             "drain": self._drain,
             "discard": self._discard,
+            "give-up": self._give_up,
+            "kept-discard": self._kept_discard,
+            "kept-limit": self._kept_limit,
             "accept-peer": self._accept_peer,
             "stay": self._stay,
             "leave": self._leave,
@@ -390,6 +393,25 @@ class ControlServer:
 
     def _discard(self, args: Arguments, guard: Guard) -> dict[str, Any]:
         self._drive(guard(roles.discard(self._engine.node)))
+        return self._state(args)
+
+    def _give_up(self, args: Arguments, guard: Guard) -> dict[str, Any]:
+        keep = bool(args.get("keep", True))
+        kept = self._drive(guard(giveup.give_up(self._engine.node, keep=keep)))
+        self._engine.hurry()
+        return {**self._state(args), "is_kept": kept}
+
+    def _kept_discard(self, args: Arguments, guard: Guard) -> dict[str, Any]:
+        self._drive(guard(giveup.discard_kept(self._engine.node)))
+        self._engine.hurry()
+        return self._state(args)
+
+    def _kept_limit(self, args: Arguments, guard: Guard) -> dict[str, Any]:
+        limit = args.get("bytes")
+        if not isinstance(limit, int) or not 0 <= limit <= KEEP_BYTES_MAX:
+            raise RefusedError(f"kept-limit: bytes is a number from 0 to {KEEP_BYTES_MAX}")
+        self._drive(guard(giveup.give_space(self._engine.node, limit)))
+        self._engine.hurry()
         return self._state(args)
 
     def _accept_peer(self, args: Arguments, guard: Guard) -> dict[str, Any]:

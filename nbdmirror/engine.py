@@ -51,6 +51,7 @@ from nbdmirror.errors import (
     StoreError,
 )
 from nbdmirror.events import EventLog
+from nbdmirror.kept import FileKept, path_beside
 from nbdmirror.limits import REASON_BYTES_MAX
 from nbdmirror.link import TcpLink
 from nbdmirror.metastore import FileMetaStore
@@ -166,9 +167,11 @@ class Engine:
                 flush_bytes=settings.flush_bytes,
                 freeze_limit_ms=settings.freeze_limit_ms,
                 hand_over=self.config.takeover == "automatic",
+                keep_bytes=settings.keep_bytes,
             ),
             self.instance,
         )
+        self.node.keep.file = FileKept(path_beside(self.config.data_file))
         self.node.own_trim_ok = self.node.trim_ok = self.store.can_trim
         self.node.own_fast_zero_ok = self.node.fast_zero_ok = self.store.can_fast_zero
 

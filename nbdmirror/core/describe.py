@@ -7,7 +7,7 @@ from nbdmirror.core.negotiate import claim_unsettled
 from nbdmirror.core.node import Node
 from nbdmirror.core.promotable import promotable
 from nbdmirror.core.superblock import Flags
-from nbdmirror.core.view import node_view, state_message
+from nbdmirror.core.view import dirty_count, node_view, state_message
 
 
 def describe(node: Node) -> dict[str, Any]:
@@ -55,6 +55,43 @@ def describe(node: Node) -> dict[str, Any]:
         "unflushed_bytes": node.unflushed_bytes,
         "session": node.session.describe() if node.session is not None else None,
         "resync": dict(node.resync),
+        "resync_waits": node.keep.hold,
+        "split": split_facts(node),
+        "kept": kept_facts(node),
+    }
+
+
+def split_facts(node: Node) -> dict[str, Any] | None:
+    """What is known of a split brain; None where there is none.
+
+    Durations are of this engine's life. What a side wrote is counted in whole extents, and after a
+    crash in whole regions that it was writing.
+    """
+    sb, split = node.sb, node.split
+    if Flags.SPLIT not in sb.flags or split.found_ms is None:
+        return None
+    parted = split.parted_ms
+    return {
+        "waits": split.waits,
+        "found_s": (split.now_ms - split.found_ms) // 1000,
+        "parted_s": (split.now_ms - parted) // 1000 if parted is not None else None,
+        "own_bytes": dirty_count(node) * sb.extent_bytes,
+        "peer_bytes": split.peer_bytes,
+        "keep_limit_bytes": node.keep.limit_bytes,
+    }
+
+
+def kept_facts(node: Node) -> dict[str, Any] | None:
+    """What is kept of a copy that was given up; None where nothing is."""
+    kept = node.keep.kept
+    if kept is None:
+        return None
+    return {
+        "generation": kept.header.generation.hex(),
+        "complete": not kept.closed,
+        "used_bytes": kept.used_bytes,
+        "limit_bytes": node.keep.limit_bytes,
+        "problem": kept.damage or kept.problem,
     }
 
 

@@ -100,10 +100,7 @@ def request(  # noqa: C901, PLR0912 - the life of a write, on one screen on purp
                 try:
                     if version:
                         yield from node.commit(version)
-                    yield from keep_old(node, operation)
-                    yield local_leg(node, operation)
-                    if operation.durable and kind is not FrameType.WRITE:
-                        yield (node.store.fdatasync,)
+                    yield from change_here(node, operation)
                 except NbdMirrorError as error:
                     # The peer may have done it: no error of any kind passes without a verdict.
                     yield from local_failure(node, operation, as_store_error(error))
@@ -190,11 +187,15 @@ def register(node: Node, operation: Operation) -> tuple[int, Session | None]:
     return version, None
 
 
-def keep_old(node: Node, operation: Operation) -> Path:
-    """What a copy that was given up held is kept before a write of today changes it (rule 19)."""
+def change_here(node: Node, operation: Operation) -> Path:
+    """The local leg; what a copy that was given up held there is kept first (rule 19)."""
+    is_write = operation.kind is FrameType.WRITE
     if node.keep.kept is not None:
-        keep = keep_before if operation.kind is FrameType.WRITE else keep_before_zeros
+        keep = keep_before if is_write else keep_before_zeros
         yield from keep(node, operation.offset, operation.end)
+    yield local_leg(node, operation)
+    if operation.durable and not is_write:
+        yield (node.store.fdatasync,)
 
 
 def local_leg(node: Node, operation: Operation) -> tuple[object, ...]:

@@ -13,6 +13,7 @@ from nbdmirror.core.node import Role
 from nbdmirror.core.session import Phase
 from nbdmirror.core.superblock import DataState, Flags, PendingKind, Superblock
 from nbdmirror.limits import MAP_OFFSET_BYTES, MAP_PAGE_HEADER_BYTES
+from tests.sim import kept
 from tests.sim.copies import Copies, is_quiet
 from tests.sim.disk import BLOCK_BYTES, SECTOR_BYTES, Blocks
 from tests.sim.history import Bound, History, Record
@@ -38,7 +39,7 @@ class Checker(Copies):
         self.counts = {
             "acked": 0, "alone": 0, "flushes": 0, "reads": 0, "syncs": 0, "joints": 0,
             "covers": 0, "stale_reads": 0, "lowered": 0, "unknown": 0, "splits": 0, "equal": 0,
-            "resumed": 0, "refused": 0, "leaves": 0, "disk_errors": 0,
+            "resumed": 0, "refused": 0, "leaves": 0, "disk_errors": 0, "kept": 0,
             "evicted_alone": 0, "evicted_in_sync": 0, "evicted_by_replica": 0,
             "ESHUTDOWN": 0, "EIO": 0, "ENOSPC": 0, "EINVAL": 0,
         }  # fmt: skip
@@ -214,6 +215,7 @@ class Checker(Copies):
     def ended_life(self, host: Host, *, power: bool) -> None:
         """An engine died; with its page cache if the power was cut."""
         other = self.other(host)
+        self.check_kept(host, "power cut" if power else "kill")
         self._had_right[host.index] = False
         self._known[host.index] = (None, False)
         if self.split:
@@ -267,11 +269,17 @@ class Checker(Copies):
             role = "by_replica" if node.role is Role.SECONDARY else role
             self.counts[f"evicted_{role}"] += count
 
+    def check_kept(self, host: Host, when: str) -> None:
+        """K1: what was given up is still there."""
+        self.counts["kept"] += kept.check(host, when)
+
     # --- what the nodes do ----------------------------------------------------------------------
 
     def emitted(self, host: Host, kind: str, facts: dict[str, object]) -> None:
         """An event of the core."""
-        if kind == "in-sync":
+        if kind == "kept-begun":
+            kept.remember(host, str(facts["image"]))
+        elif kind == "in-sync":
             self.world.at(0, self.world.life, self._in_sync)
         elif kind == "role" and facts.get("role") == "primary":
             self._promoted(host)
@@ -316,6 +324,8 @@ class Checker(Copies):
         if not self.both_synced():
             return
         self.counts["syncs"] += 1
+        for host in self.hosts:
+            self.check_kept(host, "in sync")
         if self.split:
             self.fail("B9: a split brain ended without an operator")
         for host in self.hosts:

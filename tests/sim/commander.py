@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from nbdmirror.core import roles
+from nbdmirror.core import giveup, roles
 from nbdmirror.core.cluster.claiming import Claimant, Steps
 from nbdmirror.core.decide import DecisionKind, decide
 from nbdmirror.core.describe import describe
@@ -22,7 +22,7 @@ from nbdmirror.core.session import Phase
 from nbdmirror.core.superblock import DataState, Flags
 from nbdmirror.core.view import node_view, state_message
 from nbdmirror.errors import NbdMirrorError
-from nbdmirror.limits import SILENCE_MS
+from nbdmirror.limits import MIB, SILENCE_MS
 from tests.sim.arbiter import Arbiter, Held, at_arbiter, node_id
 from tests.sim.checks import Checker
 from tests.sim.host import EngineLife, Host
@@ -285,6 +285,9 @@ class Commander:
         while True:
             yield (sleep, 500)
             lives = [host.life for host in self.hosts]
+            for life in lives:
+                if life is not None and life.ready and life.node.keep.hold:
+                    yield from self._make_room(life)
             both = all(life is not None and life.ready for life in lives)
             decided = self.decision() if both and self.net.whole else None
             kind = decided[0].kind if decided is not None else None
@@ -313,10 +316,7 @@ class Commander:
             yield from self._bounded(life, "demote", roles.demote(life.node))
             if not life.alive:
                 return
-            done = life.node.sb.data_state is DataState.BLANK
-            if not done:
-                _, done = yield from self._try(f"{host.name} discard", roles.discard(life.node))
-            if done:
+            if (yield from self._give_up(life, split=decided[0].kind is DecisionKind.SPLIT_BRAIN)):
                 break
             yield (sleep, 300)
         else:
@@ -329,6 +329,29 @@ class Commander:
             yield from self._try(f"{keeper.name} force", roles.promote(kept.node, force=True))
             yield from self._name_in_record(keeper)
         self.checker.operator_decided(keeper)
+
+    def _give_up(self, life: EngineLife, *, split: bool) -> Path:
+        """The loser's copy: after a split brain it is mostly kept; returns whether it is done."""
+        node, name = life.node, life.name
+        state = node.sb.data_state
+        if state is DataState.BLANK or (split and state is DataState.INCONSISTENT):
+            return True
+        if not split:
+            return (yield from self._try(f"{name} discard", roles.discard(node)))[1]
+        keep = self.rng.random() < 0.8
+        _, done = yield from self._try(f"{name} give up", giveup.give_up(node, keep=keep))
+        if not done and node.keep.kept is not None:
+            yield from self._try(f"{name} kept discard", giveup.discard_kept(node))
+        return done
+
+    def _make_room(self, life: EngineLife) -> Path:
+        """A resync waits because what it overwrites cannot be kept."""
+        yield (sleep, self.rng.randrange(100, 3000))
+        node, name = life.node, life.name
+        if self.rng.random() < 0.5:
+            yield from self._try(f"{name} kept limit", giveup.give_space(node, 64 * MIB))
+        else:
+            yield from self._try(f"{name} kept discard", giveup.discard_kept(node))
 
     def _name_in_record(self, keeper: Host) -> Path:
         """Rule 14: a force replaces the record, whatever it holds."""

@@ -18,7 +18,8 @@ from nbdmirror.core.superblock import ArbiterKind, DataState, Flags, Superblock
 from nbdmirror.core.upkeep import Upkeep
 from nbdmirror.limits import MIB
 from tests.sim.answers import DiskError, is_only_copy
-from tests.sim.disk import SimFile, SimMeta, SimStore, format_meta
+from tests.sim.disk import Blocks, SimFile, SimMeta, SimStore, format_meta
+from tests.sim.kept import SimKept
 from tests.sim.world import Life, SimWaiter, Task, World
 
 if TYPE_CHECKING:
@@ -44,6 +45,11 @@ class Host:
         self.checker = checker
         self.data = SimFile(world, f"{self.name}/data")
         self.meta = SimFile(world, f"{self.name}/meta")
+        # What is kept of a copy that was given up, and what it has to be: (image, blocks).
+        self.kept = SimFile(world, f"{self.name}/kept")
+        self.kept_exists = False
+        self.kept_truth: tuple[str, Blocks] | None = None
+        self.geometry = GEOMETRY
         self.life: EngineLife | None = None
         self.on_start: Callable[[EngineLife], None] | None = None
         self.on_begin: Callable[[int, Superblock], None] | None = None
@@ -135,6 +141,7 @@ class Host:
         rng = self.world.rng["disk"]
         self.data.end_life(rng, power=power)
         self.meta.end_life(rng, power=power)
+        self.kept.end_life(rng, power=power)
         if power:
             self.power_count += 1
             self.boot_id = self._random(16)
@@ -187,6 +194,7 @@ class EngineLife(Life):
         node = self.node
         node.own_trim_ok = node.trim_ok = self.store.can_trim
         node.own_fast_zero_ok = node.fast_zero_ok = self.store.can_fast_zero
+        node.keep.file = SimKept(host)
         if host.hot_regions_max:
             node.log.capacity = host.hot_regions_max
         self._drop = node.log.drop

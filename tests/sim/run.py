@@ -61,6 +61,7 @@ class Simulation:
         settings = Settings(
             flush_bytes=rng.choice((64 * 1024, MIB, 64 * MIB)),
             flush_interval_ms=rng.choice((200, 500, 3000)),
+            keep_bytes=rng.choice((0, 16 * 1024, 256 * 1024, 64 * MIB)),
         )
         hot_regions_max = rng.choice((0, 6, 12))
         for host in hosts:
@@ -141,6 +142,7 @@ class Simulation:
         if checker.different():
             checker.fail(f"C10: blocks {checker.different()[:8]} differ at the end")
         for host in self.hosts:
+            checker.check_kept(host, "at the end")
             missing = checker.history.missing(host.data.cache, checker.history.bound)
             if missing:
                 checker.fail(f"A1: {host.name} lacks {missing[:3]} at the end")

@@ -9,6 +9,7 @@ from tests.sim import sequences_crashes as crashes
 from tests.sim import sequences_disk as disk
 from tests.sim import sequences_hangs as hangs
 from tests.sim import sequences_holes as holes
+from tests.sim import sequences_kept as kept
 from tests.sim import sequences_machines as machines
 from tests.sim import sequences_mutants as shown
 from tests.sim import sequences_words as words
@@ -82,6 +83,10 @@ SEQUENCES: Final = {
         machines.old_peer_with_its_page_cache, machines.another_peer_in_a_session,
         machines.written_in_the_first_session, machines.set_back_to_before_the_resync,
         machines.set_back_in_the_resync,
+        kept.given_up_copy_is_kept, kept.nothing_kept_if_not_wanted, kept.kept_through_power_cuts,
+        kept.no_room_to_keep, kept.no_room_then_discarded, kept.full_after_the_resync,
+        kept.kept_before_the_crash, kept.second_image_is_refused,
+        kept.flushed_alone_but_never_wrote, kept.half_a_batch, kept.kept_whatever_happens,
     ),
     **_named(
         "memory",

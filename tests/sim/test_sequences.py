@@ -7,6 +7,7 @@ from tests.sim import (
     sequences_disk,
     sequences_hangs,
     sequences_holes,
+    sequences_kept,
     sequences_machines,
     sequences_mutants,
     sequences_words,
@@ -17,12 +18,14 @@ HELPERS = {
     "begin_resync", "until_target_took", "both_kept", "is_told", "returns", "hands_over", "spawns",
     "images", "put", "replaced", "old_one_is_back",
     "set_back_when_copied", "speak", "word",
+    "split", "give_up", "holds_image", "by_chance", "after", "by_chances",
 }  # fmt: skip
 MODULES = (
     sequences_crashes,
     sequences_disk,
     sequences_hangs,
     sequences_holes,
+    sequences_kept,
     sequences_machines,
     sequences_mutants,
     sequences_words,

@@ -326,6 +326,51 @@ RIGHTS: Final = (
         arbiters=("none",), sequences=("both_alone",), quick=True,
     ),
     Mutant(
+        "overwritten-before-kept", 19,
+        "a resync overwrites what the copy held that was given up before it is kept",
+        core("replica",
+             "    if kind in WRITES:\n        yield from keep_old(node, frame)\n", ""),
+        arbiters=("none",), sequences=("given_up_copy_is_kept",), quick=True,
+    ),
+    Mutant(
+        "overwritten-by-clients", 19,
+        "a client of the promoted loser overwrites what it held when it was given up",
+        core("io", "        yield from keep(node, operation.offset, operation.end)\n",
+             "        del keep\n"),
+        arbiters=("none",), sequences=("given_up_copy_is_kept",),
+    ),
+    Mutant(
+        "kept-in-the-cache-only", 19,
+        "what is kept is not durable when the data is overwritten: a power cut takes both",
+        core("keeping",
+             "kept.entry_at(kept.count))\n        yield (kept.file.fdatasync,)\n",
+             "kept.entry_at(kept.count))\n"),
+        arbiters=("none",), sequences=("kept_through_power_cuts", "kept_whatever_happens"),
+        quick=True,
+    ),
+    Mutant(
+        "torn-batch-believed", 19,
+        "half a batch of before the crash is taken for kept, and its extents are overwritten",
+        core("keeping", "            if crc32c(bytes(content)) != entry.content_crc:\n"
+             "                break\n", ""),
+        arbiters=("none",), sequences=("half_a_batch",),
+    ),
+    Mutant(
+        "no-room-no-matter", 19,
+        "where the space is used up, the resync overwrites what is not kept",
+        core("keeping", "    if is_overwritten(node, kept):\n        raise",
+             "    if not node:\n        raise"),
+        arbiters=("none",), sequences=("no_room_to_keep",),
+    ),
+    Mutant(
+        "closed-in-memory-only", 19,
+        "that an image is not complete is forgotten by a restart",
+        core("keeping",
+             "        yield (kept.file.pwrite, encode_mark(kept.header.image_id), "
+             "MARK_OFFSET_BYTES)\n", ""),
+        arbiters=("none",), sequences=("full_after_the_resync",),
+    ),
+    Mutant(
         "roll-back-unseen", 9,
         "a node restored from a backup is believed because its generation fits",
         core("decide",
