@@ -34,6 +34,8 @@ from nbdmirror.core.superblock import (
 )
 from nbdmirror.errors import ConfigError, MetadataError, OutOfSpaceError, RefusedError, StoreError
 from nbdmirror.files import open_regular, store_error, sync_directory
+from nbdmirror.kept import path_beside
+from nbdmirror.kept import remove as remove_kept
 from nbdmirror.metastore import FileMetaStore, holder
 from nbdmirror.metastore import create as create_metadata
 from nbdmirror.store import FileStore
@@ -198,6 +200,25 @@ def _make_directory(directory: Path, undo: list[Callable[[], None]]) -> None:
             sync_directory(each.parent)
     except OSError as error:
         raise store_error(error, f"make {directory}") from error
+
+
+def discard_kept(config: Config) -> None:
+    """Forget what is kept of a copy that was given up, where no engine runs.
+
+    Raises:
+        RefusedError: an engine runs, or nothing is kept. MetadataError, StoreError: see open().
+    """
+    path = path_beside(config.data_file)
+    if not os.path.lexists(path):
+        raise RefusedError(f"nothing is kept on this node ({path} is not there)")
+    meta = FileMetaStore.open(config.metadata_file)
+    try:
+        chosen = choose(*meta.read_slots())
+        remove_kept(path)
+        sb = chosen.superblock
+        meta.write_superblock(replace(sb, sequence=sb.sequence + 1, saved_bytes=0))
+    finally:
+        meta.close()
 
 
 # --- reading -------------------------------------------------------------------------------------

@@ -44,6 +44,8 @@ class RefusedError(NbdMirrorError):
 class NoRoomToKeepError(RefusedError):
     """What a copy held that was given up cannot be kept, so it is not overwritten (rule 19)."""
 
+    exit_code: ClassVar[int] = 25
+
 
 class StaleCommandError(RefusedError):
     """A command decided under another engine instance or role epoch."""

@@ -52,6 +52,7 @@ CLI_MAY_IMPORT = (
     "nbdmirror.creation",
     "nbdmirror.errors",
     "nbdmirror.invitation",
+    "nbdmirror.kept",
     "nbdmirror.launcher",
     "nbdmirror.limits",
     "nbdmirror.metastore",

@@ -12,7 +12,14 @@ from nbdmirror.core.cluster.promise import mode_of, no_promise_c, phase_of
 from nbdmirror.errors import RefusedError
 from nbdmirror.limits import COMMAND_TIMEOUT_MS
 from nbdmirror_cli.options import Source, config_options, json_option, print_json
-from nbdmirror_cli.view import QUESTIONS, bytes_text, force_loss, print_state, printable
+from nbdmirror_cli.view import (
+    QUESTIONS,
+    bytes_text,
+    force_loss,
+    given_up,
+    print_state,
+    printable,
+)
 
 # The engine bounds its own work; the answer needs a moment more than the longest of it.
 COMMAND_TIMEOUT_S: Final = COMMAND_TIMEOUT_MS / 1000 + 5
@@ -146,9 +153,9 @@ def stop(source: Source, *, as_json: bool) -> None:
 @_yes_option
 @json_option
 def discard(source: Source, *, yes: bool, as_json: bool) -> None:
-    """Give up this node's copy: it becomes blank and is replaced by the peer's.
+    """Give up this node's copy: it becomes blank, and all of it is copied anew from the peer.
 
-    This is how a split brain is settled on the side that loses.
+    Nothing of it is kept. After a split brain `engine give-up` is the better way.
     """
     with _client(source) as client:
         facts = client.call("state")
@@ -160,6 +167,27 @@ def discard(source: Source, *, yes: bool, as_json: bool) -> None:
         _confirm(loss, "Give up this node's copy?", yes=yes)
         done = _command(client, facts, "discard")
     _tell(done, "discard: this copy is blank now", as_json=as_json)
+
+
+@engine_group.command("give-up")
+@config_options
+@click.option("--no-keep", is_flag=True, help="Keep nothing of what this copy holds.")
+@_yes_option
+@json_option
+def give_up(source: Source, *, no_keep: bool, yes: bool, as_json: bool) -> None:
+    """Settle a split brain on the side that loses: its copy becomes the peer's.
+
+    Only what differs is copied. What this copy holds there is kept first, and can be had with
+    `nbdmirror kept export` until `nbdmirror kept discard`.
+    """
+    with _client(source) as client:
+        facts = client.call("state")
+        if facts.get("role") == "primary":
+            raise RefusedError("give-up: this node is primary; demote it first")
+        _confirm(given_up(facts, keep=not no_keep), "Give up this node's copy?", yes=yes)
+        done = _command(client, facts, "give-up", keep=not no_keep)
+    kept = "; what it holds is kept" if done.get("is_kept") is True else ""
+    _tell(done, f"give-up: this copy is given up{kept}", as_json=as_json)
 
 
 @engine_group.command("accept-peer")

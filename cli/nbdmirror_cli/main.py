@@ -19,6 +19,7 @@ from nbdmirror_cli.config import config_group
 from nbdmirror_cli.create import create, invite, join
 from nbdmirror_cli.doctor import doctor
 from nbdmirror_cli.engine import engine_group
+from nbdmirror_cli.kept import kept_group
 from nbdmirror_cli.metadata import metadata_group
 from nbdmirror_cli.options import error_facts
 from nbdmirror_cli.view import printable
@@ -58,7 +59,7 @@ for _command in (create, invite, join):
 nbdmirror.add_command(config_group)
 nbdmirror.add_command(metadata_group)
 nbdmirror.add_command(engine_group)
-for _command in (*COMMANDS, doctor, completion):
+for _command in (*COMMANDS, kept_group, doctor, completion):
     nbdmirror.add_command(_command)
 
 

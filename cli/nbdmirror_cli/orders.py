@@ -19,7 +19,7 @@ from nbdmirror.limits import COMMAND_TIMEOUT_MS, CONTROL_ANSWER_TIMEOUT_MS
 from nbdmirror_cli.engine import _confirm as confirm
 from nbdmirror_cli.options import Source, config_options, json_option, print_json
 from nbdmirror_cli.status_view import Facts, headline, part, summary, word, words
-from nbdmirror_cli.view import bytes_text, force_loss, printable
+from nbdmirror_cli.view import force_loss, given_up, printable
 
 ANSWER_TIMEOUT_S: Final = CONTROL_ANSWER_TIMEOUT_MS / 1000
 # For what goes on for a while inside of the controller before it answers.
@@ -195,35 +195,36 @@ def prim(source: Source, limit_s: float | None, *, force: bool, yes: bool, as_js
 @click.option(
     "--force", is_flag=True, help="Give up this node's copy and fill it from the peer; asks."
 )
+@click.option("--no-keep", is_flag=True, help="With --force: keep nothing of what it holds.")
 @yes_option
 @wait_options
 @json_option
-def second(source: Source, limit_s: float | None, *, force: bool, yes: bool, as_json: bool) -> None:
+def second(source: Source, limit_s: float | None, **how: bool) -> None:
     """Make this node secondary: it takes the writes of the other one.
 
-    With --force the copy of this node is discarded, after that was confirmed, and filled from the
-    other node: the way out of a split brain, on the side that loses. Nothing of it is kept.
+    With --force the copy of this node is given up, after that was confirmed, and filled from the
+    other node: the way out of a split brain, on the side that loses. After a split brain only what
+    differs is copied, and what this copy holds there is kept first, up to `keep_bytes` of the
+    configuration: see `nbdmirror kept`.
     """
-    order = Order("second", _second, {"force": force}, moves=True)
+    force, keep = how["force"], not how["no_keep"]
+    args = {"force": True, "keep": keep} if force else {"force": False}
+    order = Order("second", _second, args, moves=True)
     with controller(source, ORDER_TIMEOUT_S) as client:
         before = client.call("status")
         if force and part(before, "engine").get("role") == "primary":
             # The controller would say the same; nobody shall confirm a loss for nothing.
             raise RefusedError("second --force: this node serves; `nbdmirror stop` or `swap` first")
         if force:
-            confirm(discard_loss(before), "Give up this node's copy?", yes=yes)
-        _carry_out(client, before, order, limit_s, as_json=as_json)
+            loss = discard_loss(before, keep=keep)
+            confirm(loss, "Give up this node's copy?", yes=how["yes"])
+        _carry_out(client, before, order, limit_s, as_json=how["as_json"])
 
 
-def discard_loss(facts: Facts) -> str:
+def discard_loss(facts: Facts, *, keep: bool) -> str:
     """What `second --force` destroys, in words."""
     peer = word(facts, "peer_name") or "the other node"
-    size = part(facts, "engine").get("device_bytes")
-    whole = f"All {bytes_text(size)} of this" if isinstance(size, int) else "The whole of this"
-    loss = (
-        f"{whole} node's copy are given up and filled from {peer}. Nothing of it is kept: whatever "
-        f"only this copy holds is lost."
-    )
+    loss = printable(given_up(part(facts, "engine"), keep=keep, peer=peer))
     if part(facts, "peer").get("heard") is True:
         return loss
     return f"{loss} {peer} is not heard now: until it is back, this node has no copy at all."

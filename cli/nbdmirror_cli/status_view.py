@@ -22,8 +22,10 @@ from nbdmirror_cli.view import (
     SPLIT_BRAIN_REMEDY,
     WIDTH_WITHOUT_TERMINAL,
     bytes_text,
+    kept_text,
     plain,
     printable,
+    split_text,
 )
 
 Facts = dict[str, Any]
@@ -210,7 +212,10 @@ def _engine_rows(facts: Facts) -> list[Row]:
         ("waits for", asked if engine.get("frozen") else ""),
         ("failed", word(engine, "failed")),
         ("refused", word(engine, "refusal")),
-        ("split brain", SPLIT_BRAIN_REMEDY if split else ""),
+        ("split brain", split_text(engine, duration_text)),
+        ("way out", SPLIT_BRAIN_REMEDY if split and not word(facts, "remedy") else ""),
+        ("resync waits", word(engine, "resync_waits")),
+        ("kept", kept_text(engine)),
     )
 
 

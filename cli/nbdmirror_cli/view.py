@@ -5,7 +5,7 @@ engine of another version answers, too.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from rich.console import Console
@@ -26,13 +26,14 @@ QUESTIONS: Final = {
 }
 SPLIT_BRAIN: Final = "Split brain"
 SPLIT_BRAIN_REMEDY: Final = (
-    "save what only the losing copy has; then, on the node whose copy is given up (and nowhere "
-    "else): `nbdmirror engine demote` if it is primary, then `nbdmirror engine discard`"
+    "on the node whose copy is given up (and nowhere else): `nbdmirror engine demote` if it is "
+    "primary, then `nbdmirror engine give-up`; what it holds is kept for `nbdmirror kept export`"
 )
 _SHOWN: Final = {
     *("mirror", "node", "node_id", "role", "right_alone", "data_state", "generation"),
     *("frozen", "frozen_reason", "question", "failed", "refusal", "arbiter"),
     *("dirty_bytes", "dirty_extents", "device_bytes", "session", "resync"),
+    *("split", "kept", "resync_waits"),
 }
 
 
@@ -81,6 +82,15 @@ def print_state(state: dict[str, Any]) -> None:
         for name, key in (("frozen", "frozen_reason"), ("failed", "failed"), ("refused", "refusal"))
         if state.get(key)
     ]
+    rows += [
+        (name, text)
+        for name, text in (
+            ("resync waits", str(state.get("resync_waits") or "")),
+            ("split brain", split_text(state, lambda s: f"{s} s" if isinstance(s, int) else "")),
+            ("kept", kept_text(state)),
+        )
+        if text
+    ]
     if SPLIT_BRAIN in str(state.get("refusal", "")):  # the peer's words have a prefix
         rows.append(("remedy", SPLIT_BRAIN_REMEDY))
     rows += [
@@ -127,6 +137,56 @@ def plain(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "-" if value is None or value == "" else str(value)
+
+
+def given_up(engine: dict[str, Any], *, keep: bool, peer: str = "the other node") -> str:
+    """What giving up a copy means, as far as this node's engine knows."""
+    split = engine.get("split")
+    size = engine.get("device_bytes")
+    if "split" not in (engine.get("flags") or []):
+        whole = f"All {bytes_text(size)} of this" if isinstance(size, int) else "The whole of this"
+        return (
+            f"{whole} node's copy are given up and filled from {peer}. This node is no side of a "
+            "split brain, so nothing of it is kept: whatever only this copy holds is lost."
+        )
+    text = f"This node's copy is given up: it becomes that of {peer}"
+    if isinstance(split, dict):
+        own, theirs = bytes_text(split.get("own_bytes")), bytes_text(split.get("peer_bytes"))
+        text += f", which lacks up to {own} of what was written here and has up to {theirs} more"
+    limit = split.get("keep_limit_bytes") if isinstance(split, dict) else None
+    if not keep or limit == 0:
+        return f"{text}. Nothing of it is kept: whatever only this copy holds is lost."
+    most = f" up to {bytes_text(limit)}" if isinstance(limit, int) else ""
+    return (
+        f"{text}. What it holds is kept{most} (`nbdmirror kept export`) until `nbdmirror kept "
+        "discard`; where that is not enough the resync waits."
+    )
+
+
+def split_text(engine: dict[str, Any], duration: Callable[[object], str]) -> str:
+    """What each side wrote and since when, "" where there is no split brain."""
+    split = engine.get("split")
+    if not isinstance(split, dict):
+        return ""
+    texts = [
+        f"this side wrote up to {bytes_text(split.get('own_bytes'))}",
+        f"the other one up to {bytes_text(split.get('peer_bytes'))}",
+        f"found {duration(split.get('found_s')) or '?'} ago",
+    ]
+    if parted := duration(split.get("parted_s")):
+        texts.append(f"last in sync {parted} ago")
+    return ", ".join(texts)
+
+
+def kept_text(engine: dict[str, Any]) -> str:
+    """What is kept of a copy that was given up, "" where nothing is."""
+    kept = engine.get("kept")
+    if not isinstance(kept, dict):
+        return ""
+    used, limit = bytes_text(kept.get("used_bytes")), bytes_text(kept.get("limit_bytes"))
+    whole = "" if kept.get("complete") is True else ", NOT COMPLETE: see `nbdmirror kept show`"
+    problem = f", {kept['problem']}" if kept.get("problem") else ""
+    return f"what was given up here, {used} of {limit} used{whole}{problem}"
 
 
 def force_loss(state: dict[str, Any]) -> str:

@@ -214,13 +214,14 @@ class Api:
         if v.engine is not None and v.engine.split and not primary and not args.get("force"):
             raise RefusedError(
                 f"second: this node waits after a split brain: {v.settings.peer_name} goes on; "
-                "`nbdmirror second --force` gives this copy up and fills it from there (save what "
-                "only it has: `nbdmirror stop`, then copy `data`)"
+                "`nbdmirror second --force` gives this copy up and fills it from there; what it "
+                "holds is kept (`nbdmirror kept`)"
             )
         if args.get("force"):
-            await self._give_up_copy()
+            kept = await self._give_up_copy(keep=bool(args.get("keep", True)))
             c.orders.start()
-            done = "this copy is blank now and is filled from the other node"
+            held = "what it holds is kept (`nbdmirror kept show`)" if kept else "nothing is kept"
+            done = f"this copy is given up and filled from the other node; {held}"
         elif primary:
             self._require_swap("second")
             c.orders.start()
@@ -231,10 +232,11 @@ class Api:
             done = "this node runs, and serves only if it has to"
         return said(done, await c.keeper.kept())
 
-    async def _give_up_copy(self) -> None:
-        """Make this copy blank; once more where a session with the other node began meanwhile.
+    async def _give_up_copy(self, *, keep: bool) -> bool:
+        """Give this copy up; once more where a session with the other node began meanwhile.
 
         Any other change of role may mean that the other copy is gone: that is for the operator.
+        Returns whether what it holds is kept.
 
         Raises:
             NbdMirrorError: it serves, the other node has nothing to fill it with, or the engine
@@ -243,7 +245,7 @@ class Api:
         c = self._conductor
         self._require_no_use()
         try:
-            await c.discard()
+            return await c.give_up(keep=keep)
         except StaleCommandError:
             c.looked.clear()
             c.wake()
@@ -252,7 +254,7 @@ class Api:
             if not (c.engine_state or {}).get("session"):
                 raise
             self._require_no_use()
-            await c.discard()
+            return await c.give_up(keep=keep)
 
     def _require_no_use(self) -> None:
         """Whether this copy may be given up.

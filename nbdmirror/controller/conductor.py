@@ -414,15 +414,16 @@ class Conductor:
 
     # --- for the api ----------------------------------------------------------------------------
 
-    async def discard(self) -> None:
-        """Give up this copy; nothing of it is kept.
+    async def give_up(self, *, keep: bool) -> bool:
+        """Give up this copy; returns whether what it holds is kept.
 
         Raises:
             RefusedError: there is no engine, or it refuses. StaleCommandError: look again.
         """
         if self.engine_state is None:
             raise RefusedError("second --force: the engine is not running; `nbdmirror start` first")
-        await self.command("discard")
+        await self.command("give-up", keep=keep)
+        return bool((self.engine_state or {}).get("kept"))
 
     def config_differs(self) -> bool:
         """Whether the peer reads another configuration."""

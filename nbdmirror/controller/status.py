@@ -35,7 +35,7 @@ def status_of(c: "Conductor") -> dict[str, Any]:
         "reason": c.decision.reason,
         "row": c.decision.row,
         "step": c.decision.step.value,
-        "remedy": remedy(v, c.orders.error),
+        "remedy": remedy(v, c.orders.error, (c.engine_state or {}).get("resync_waits") or ""),
         "wanted": v.wanted,
         "serving": c.serving(),
         "since_s": round((now_ms - c.decided_ms) / 1000, 1),
@@ -153,6 +153,8 @@ def explain(c: "Conductor", v: View) -> list[str]:
         ("Under way is the order", under_way),
         ("There is no engine", (c.engine_reason or "none was started") if engine is None else ""),
         ("It may not become primary", engine.promote_refusal if engine and held else ""),
+        ("The split brain", split_brain(c, v)),
+        ("The resync waits", (c.engine_state or {}).get("resync_waits") or ""),
         ("The two engines refused each other", engine.refusal if engine else ""),
         ("This node's disk failed", engine.failed if engine else ""),
         ("It is held back", v.held_back),
@@ -163,6 +165,20 @@ def explain(c: "Conductor", v: View) -> list[str]:
     return [f"{what}: {why}" for what, why in pairs if why]
 
 
+def split_brain(c: "Conductor", v: View) -> str:
+    """Since when, and how much each side wrote that the other one lacks; "" where there is none."""
+    facts = (c.engine_state or {}).get("split")
+    if not isinstance(facts, dict):
+        return ""
+    peer, parted = v.settings.peer_name, facts.get("parted_s")
+    since = "" if parted is None else f", and they were in sync {parted} s ago"
+    return (
+        f"it was found {facts.get('found_s')} s ago{since}; this node wrote up to "
+        f"{facts.get('own_bytes')} bytes that {peer} lacks, {peer} up to {facts.get('peer_bytes')} "
+        "bytes that this node lacks"
+    )
+
+
 def differences(c: "Conductor") -> str:
     """What the two configurations do not have in common, "" while they are equal."""
     if not c.config_differs():
@@ -170,18 +186,24 @@ def differences(c: "Conductor") -> str:
     return "; ".join(c.comparison.differences) or "what differs is being found out"
 
 
-def remedy(v: View, error: str) -> str:
+def remedy(v: View, error: str, waits: str = "") -> str:
     """What an operator could type, "" where nothing has to be done."""
     role = standing.role_of(v)
     engine = v.engine
+    if waits:
+        return (
+            "`nbdmirror kept limit SIZE` here gives more space (lasting: `keep_bytes` in [engine]),"
+            " `nbdmirror kept discard` keeps nothing of what this copy held"
+        )
     if role is Role.STOP:
         return "`nbdmirror start`"
     if engine is None and v.engine_given_up:
         return "look at the log of the engine, then `nbdmirror start`"
     if engine is not None and engine.split and not engine.primary:
         return (
-            "save what only this copy has, then `nbdmirror second --force` here: this copy is "
-            "given up; or stop the other node, and `nbdmirror prim --force` here"
+            "`nbdmirror second --force` here: this copy is given up, what it holds is kept; or, to "
+            "give the other one up: `nbdmirror stop` there, `nbdmirror prim --force` here, then "
+            "there `nbdmirror start` and `nbdmirror second --force`"
         )
     gone = not v.peer.heard or not v.peer.wanted
     if role is Role.WAIT and engine is not None and gone and not v.held_back:

@@ -243,6 +243,12 @@ def test_a_wait_that_is_interrupted_says_that_the_order_goes_on(
     assert controller.orders == [("stop", STOP_ARGS)]
 
 
+SPLIT = {
+    "waits": True, "found_s": 60, "parted_s": 7200, "own_bytes": 3 << 20, "peer_bytes": 2 << 20,
+    "keep_limit_bytes": 1 << 30,
+}  # fmt: skip
+
+
 # --- confirmations --------------------------------------------------------------------------------
 
 
@@ -252,9 +258,19 @@ def test_a_wait_that_is_interrupted_says_that_the_order_goes_on(
         ("prim", {"engine": {"data_state": "outdated"}}, ["known to be behind"]),
         ("prim", {"engine": {"data_state": "\x1b[2J"}}, ["?[2J", "is not known"]),
         ("prim", {"engine": None}, ["is not known"]),
-        ("second", {}, ["All 1.0 GiB", "filled from beta", "Nothing of it is kept"]),
+        ("second", {}, ["All 1.0 GiB", "filled from beta", "nothing of it is kept"]),
         ("second", {"peer": {"heard": False}}, ["beta is not heard now", "no copy at all"]),
-        ("second", {"engine": None}, ["The whole of this node's copy", "Nothing of it is kept"]),
+        ("second", {"engine": None}, ["The whole of this node's copy", "nothing of it is kept"]),
+        (
+            "second",
+            {"engine": {"flags": ["split"], "split": SPLIT}},
+            ["becomes that of beta", "up to 3.0 MiB", "up to 2.0 MiB", "kept up to 1.0 GiB"],
+        ),
+        (
+            "second",
+            {"engine": {"flags": ["split"], "split": {**SPLIT, "keep_limit_bytes": 0}}},
+            ["becomes that of beta", "Nothing of it is kept"],
+        ),
     ],
 )
 def test_force_names_the_loss_and_asks(
@@ -270,7 +286,18 @@ def test_force_names_the_loss_and_asks(
     assert controller.orders == []
     assert shell(name, "--force", "--yes", "--no-wait") == 0
     assert losses[0] in shell.err
-    assert controller.orders == [(name, {"force": True})]
+    keep = {"keep": True} if name == "second" else {}
+    assert controller.orders == [(name, {"force": True, **keep})]
+
+
+def test_a_copy_is_given_up_unkept_only_if_that_is_said(
+    shell: Shell, controller: FakeController
+) -> None:
+    """Breaks in the field: a copy is kept that there is no room for, or not kept that was wanted"""
+    controller.change(role="WAIT", engine={"role": "none", "flags": ["split"], "split": SPLIT})
+    assert shell("second", "--force", "--no-keep", "--yes", "--no-wait") == 0
+    assert "Nothing of it is kept" in shell.err
+    assert controller.orders == [("second", {"force": True, "keep": False})]
 
 
 @pytest.mark.parametrize("name", ["prim", "second"])

@@ -164,7 +164,7 @@ def test_the_configuration_shown_has_no_secret(shell: Shell) -> None:
         ({"refusal": "\x1b[2Jother mirror"}, ["other mirror"]),
         (
             {"refusal": "peer: Split brain: nodes 1 and 2 each went on"},
-            ["Split brain", "on the node whose copy is given up", "engine discard"],
+            ["Split brain", "on the node whose copy is given up", "engine give-up"],
         ),
     ],
 )
@@ -215,7 +215,8 @@ def test_an_error_is_json_where_json_was_asked_for(
     base: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
 ) -> None:
     """If this fails, a program that asked for JSON gets prose, or nothing, when it matters."""
-    more = ("--size", "1MiB") if words[-1] == "create" else ()
+    arguments = {"create": ("--size", "1MiB"), "export": ("image",), "limit": ("1MiB",)}
+    more = arguments.get(words[-1], ())
     code = run([*words, *more, "--json", "-c", str(base / "missing.toml")])
     out, err = capsys.readouterr()
     assert (code, err) == (errors.ConfigError.exit_code, "")
