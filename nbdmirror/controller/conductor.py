@@ -422,8 +422,7 @@ class Conductor:
         """
         if self.engine_state is None:
             raise RefusedError("second --force: the engine is not running; `nbdmirror start` first")
-        await self.command("give-up", keep=keep)
-        return bool((self.engine_state or {}).get("kept"))
+        return bool((await self.command("give-up", keep=keep)).get("is_kept"))
 
     def config_differs(self) -> bool:
         """Whether the peer reads another configuration."""

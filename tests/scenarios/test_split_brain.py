@@ -1,11 +1,15 @@
 """Both nodes went on alone: found at contact, nothing is copied, both copies stay."""
 
+import hashlib
+import json
 import shutil
+from pathlib import Path
 
 import nbd
 import pytest
 
 from nbdmirror.errors import RefusedError
+from nbdmirror_cli.main import run
 from tests.support.load import Load
 from tests.support.pair import Engine, Pair
 from tests.support.proxy import Proxy
@@ -104,3 +108,112 @@ def test_alone_without_a_write_is_no_split(proxied: tuple[Pair, Proxy]) -> None:
     pair.stop()
     pair.assert_equal()
     load.assert_kept(alpha.data, beta.data)
+
+
+def checksum(image: Path) -> str:
+    """Of a whole file."""
+    return hashlib.sha256(image.read_bytes()).hexdigest()
+
+
+def kept(engine: Engine, *words: str) -> int:
+    """`nbdmirror kept ...` on the node of an engine."""
+    return run(["kept", *words, "-c", str(engine.config_path), "--node", engine.name])
+
+
+def shown(engine: Engine, capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    """What `kept show` says of a complete image."""
+    capsys.readouterr()
+    assert kept(engine, "show", "--json") == 0
+    facts: dict[str, object] = json.loads(capsys.readouterr().out)
+    assert facts["complete"] is True
+    return facts
+
+
+def went_apart(pair: Pair, proxy: Proxy) -> tuple[Load, Load]:
+    """A split brain that both know of; the writers have ended, and beta waits."""
+    one, other = alone_on_both(pair, proxy)
+    proxy.refuse(False)
+    for engine in pair.both:
+        refused_at_contact(engine)
+    one.stop()
+    other.stop()
+    pair.beta.wait_state(lambda s: s["role"] == "none", "it waits")
+    return one, other
+
+
+def test_what_the_loser_held_is_exported_byte_for_byte(
+    proxied: tuple[Pair, Proxy], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Breaks in the field: the wrong side was given up, and what comes back is not what it had."""
+    pair, proxy = proxied
+    alpha, beta = pair.both
+    one, other = went_apart(pair, proxy)
+    split = beta.state()["split"]
+    assert split["waits"]
+    assert split["parted_s"] >= split["found_s"] >= 0
+    assert 0 < split["own_bytes"] <= pair.size
+    assert split["peer_bytes"] > 0
+    told = beta.wait_event("split-brain")
+    assert (told["own_bytes"], told["peer_bytes"]) == (split["own_bytes"], split["peer_bytes"])
+    before = checksum(beta.data)
+
+    beta.command("give-up", keep=True)
+    pair.synced()
+    verdicts = [e["verdict"] for e in alpha.events if e["event"] == "decided"]
+    assert verdicts[-1] == "COPY_BY_MAP", "only what differs is copied"
+    later = Load(alpha.uri, first=2048, slots=512, seed=3).start()
+    later.wait(50)
+    image = pair.root / "image"
+    assert kept(beta, "export", str(image), "--json") == 0
+    later.wait(50)
+    assert checksum(image) == before
+    other.assert_kept(image)
+    assert kept(beta, "export", str(image)) == RefusedError.exit_code, "never over a file"
+
+    later.stop()
+    beta.kill()
+    alpha.wait_state(lambda s: s["frozen"], "frozen")
+    beta.start()
+    pair.synced()
+    again = pair.root / "again"
+    assert kept(beta, "export", str(again)) == 0
+    assert checksum(again) == before
+
+    assert shown(beta, capsys)["own_bytes"] == split["own_bytes"]
+    assert kept(beta, "discard", "--yes") == 0
+    assert not (beta.data.parent / "kept").exists()
+    assert beta.state()["kept"] is None
+    pair.stop()
+    pair.assert_equal()
+    one.assert_kept(alpha.data, beta.data)
+    later.assert_kept(alpha.data, beta.data)
+
+
+def test_the_loser_is_killed_while_it_is_overwritten(proxied: tuple[Pair, Proxy]) -> None:
+    """Breaks in the field: a crash in the resync takes what was kept so far, or mixes two days."""
+    pair, proxy = proxied
+    alpha, beta = pair.both
+    one, _ = went_apart(pair, proxy)
+    before = checksum(beta.data)
+    beta.command("kept-limit", bytes=64 * 1024)
+    beta.command("give-up", keep=True)
+    beta.wait_state(lambda s: bool(s["resync_waits"]), "the space is used up")
+    alpha.wait_state(lambda s: "waits with the resync" in s["refusal"], "both sides say so")
+    assert kept(beta, "export", str(pair.root / "half")) == 0
+    assert checksum(pair.root / "half") == before
+    for number in range(3):
+        beta.kill()
+        beta.start()
+        image = pair.root / f"image{number}"
+        assert kept(beta, "export", str(image)) == 0
+        assert checksum(image) == before
+    assert kept(beta, "limit", "1GiB") == 0
+    pair.synced()
+    assert kept(beta, "export", str(pair.root / "whole")) == 0
+    assert checksum(pair.root / "whole") == before
+    pair.stop()
+    pair.assert_equal()
+    one.assert_kept(alpha.data, beta.data)
+    # Without an engine, too.
+    assert kept(beta, "discard", "--yes") == 0
+    assert kept(beta, "show") == RefusedError.exit_code

@@ -53,6 +53,8 @@ def drive(path: CorePath) -> Any:
 class FakeNode(SimpleNamespace):
     """As much of a node as keeping needs."""
 
+    sb: Any
+
     def change(self, edit: Callable[[Any], Any], *, always: bool = False) -> CorePath:
         """The superblock has what memory has."""
         self.sb = edit(self.sb)
