@@ -33,7 +33,9 @@ TOLD: Final = frozenset(
         "resumed", "session-lost", "refused", "no-peer", "protocol-error", "split-brain", "decided",
         "local-failure", "failure-not-recorded", "leave", "leave-without-flush",
         "demote-without-flush", "clients-stay", "resync-started", "resync-finished", "tidy-failed",
-        "hand-over", "decision", "note", "peer", "checker", "order", "switch", "engine-ended",
+        "kept-begun", "kept-closed", "kept-damaged", "kept-missing", "kept-discarded", "given-up",
+        "resync-waits", "hand-over", "decision", "note", "peer", "checker", "order", "switch",
+        "engine-ended",
     }
 )  # fmt: skip
 LINE_CHARS_MAX: Final = 1024

@@ -143,7 +143,8 @@ def given_up(engine: dict[str, Any], *, keep: bool, peer: str = "the other node"
     """What giving up a copy means, as far as this node's engine knows."""
     split = engine.get("split")
     size = engine.get("device_bytes")
-    if "split" not in (engine.get("flags") or []):
+    flags = engine.get("flags")
+    if not isinstance(flags, list) or "split" not in flags:
         whole = f"All {bytes_text(size)} of this" if isinstance(size, int) else "The whole of this"
         return (
             f"{whole} node's copy are given up and filled from {peer}. This node is no side of a "

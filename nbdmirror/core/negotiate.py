@@ -322,7 +322,10 @@ def split_brain(node: Node, theirs: State, *, waits: bool) -> Path:
     split.waits, split.peer_bytes = waits, peer_bytes
     if split.found_ms is None:
         split.found_ms = split.now_ms
-    node.shell.emit("split-brain", waits=waits, own_bytes=own_bytes, peer_bytes=peer_bytes)
+    reason = "this node waits" if waits else "this node goes on alone"
+    node.shell.emit(
+        "split-brain", waits=waits, own_bytes=own_bytes, peer_bytes=peer_bytes, reason=reason
+    )
     if waits and node.role is Role.PRIMARY:
         node.take_role(Role.NONE)
         node.answer()

@@ -143,6 +143,7 @@ def take_over(node: Node, *, force: bool) -> Path:
         doubts = Flags.FELL_BACK | Flags.SPLIT | Flags.CACHE_LOST | Flags.FAILED
         yield from node.change(lambda sb: replace(sb, flags=sb.flags & ~doubts))
         node.fell_back = False
+        node.keep.hold = ""
     yield from become_primary(node, changes, claim=claim)
 
 
@@ -424,6 +425,8 @@ def discard_now(node: Node) -> Path:
         node.lose_session(session, "the local data was discarded")
     yield from node.quiesce()
     yield from node.own_writes_ended()
+    # Whoever says so waits no longer for room to keep any of it.
+    node.keep.hold = ""
     yield from node.change(
         lambda sb: replace(
             sb,

@@ -240,6 +240,8 @@ def test_nothing_in_a_status_breaks_the_view(capsys: pytest.CaptureFixture[str])
     """
     resyncs = copy.deepcopy(STATUS)
     resyncs["engine"]["resync"] = {"total_bytes": 100, "examined_bytes": 10, "bytes_per_s": 3}
+    resyncs["engine"]["split"] = {"found_s": 5, "parted_s": None, "own_bytes": 1, "peer_bytes": 2}
+    resyncs["engine"]["kept"] = {"complete": False, "used_bytes": 1, "problem": "it"}
     screen, count = Screen(), 0
     for facts in ({}, *mutations(resyncs)):
         for view in (status_view(facts), explanation_view(facts), summary(facts)):

@@ -86,7 +86,8 @@ SEQUENCES: Final = {
         kept.given_up_copy_is_kept, kept.nothing_kept_if_not_wanted, kept.kept_through_power_cuts,
         kept.no_room_to_keep, kept.no_room_then_discarded, kept.full_after_the_resync,
         kept.kept_before_the_crash, kept.second_image_is_refused,
-        kept.flushed_alone_but_never_wrote, kept.half_a_batch, kept.kept_whatever_happens,
+        kept.flushed_alone_but_never_wrote, kept.half_a_batch, kept.no_room_then_given_up_again,
+        kept.no_room_then_forced, kept.kept_whatever_happens,
     ),
     **_named(
         "memory",

@@ -174,6 +174,41 @@ def no_room_then_discarded(s: Scene) -> None:
     s.both_have(*mine)
 
 
+def no_room_then_given_up_again(s: Scene) -> None:
+    """The operator gives up what is left of it: all of it is copied anew, and nothing waits."""
+    mine, _ = split(s)
+    s.node(s.b).keep.limit_bytes = 8192
+    assert give_up(s)
+    s.until(lambda: s.node(s.b).keep.hold)
+    s.discard(s.b)
+    s.checker.operator_decided(s.a)
+    s.synced()
+    s.both_have(*mine)
+    kept = s.node(s.b).keep.kept
+    assert kept is not None
+    assert kept.closed, "and it says so"
+    holds_image(s)
+
+
+def no_room_then_forced(s: Scene) -> None:
+    """The operator regrets it: the copy, of which little was overwritten, serves again."""
+    split(s)
+    s.node(s.b).keep.limit_bytes = 8192
+    assert give_up(s)
+    s.until(lambda: s.node(s.b).keep.hold)
+    s.stop(s.a)
+    s.promote(s.b, force=True)
+    s.checker.operator_decided(s.b)
+    theirs = s.write(s.b, 70)
+    s.start(s.a)
+    s.until(lambda: Flags.SPLIT in s.on_disk(s.b).flags)
+    s.checker.forced = True
+    s.command(s.a, giveup.give_up(s.node(s.a), keep=True))
+    s.checker.operator_decided(s.b)
+    s.synced()
+    s.both_have(theirs)
+
+
 def full_after_the_resync(s: Scene) -> None:
     """An old image does not cost the second copy: it is closed, and has what was overwritten."""
     split(s)

@@ -30,7 +30,8 @@ def test_a_split_brain_is_told_once_and_not_at_every_contact() -> None:
     """Breaks in the field: two nodes that wait for an operator fill the log until he comes."""
     log = EventLog()
     for number in range(100):
-        log.emit("split-brain", waits=True)
+        # The side that goes on writes more and more.
+        log.emit("split-brain", waits=False, own_bytes=number, reason="this node goes on alone")
         log.emit("refused", reason="Split brain.")
         log.emit("session-lost", session=f"{number:016x}", reason="peer: Split brain.")
     assert kinds(log) == ["split-brain", "refused", "session-lost"]

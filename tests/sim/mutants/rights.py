@@ -228,7 +228,7 @@ RIGHTS: Final = (
     Mutant(
         "power-cut-ignored", 12,
         "(reb) a node that lost its page cache takes over without acknowledged writes",
-        core("decide", "    if not view.cache_survived and not _may_resume(",
+        core("promotable", "    if not view.cache_survived and not _may_resume(",
              "    if view.fell_back and not _may_resume("),
         sequences=("power_cut_bars_promotion",), quick=True,
     ),
@@ -252,7 +252,8 @@ RIGHTS: Final = (
         "inconsistent-promoted", 14,
         "a half-synced copy becomes primary",
         (
-            *core("decide", "    if view.data_state is not DataState.UPTODATE:\n        return 14",
+            *core("promotable",
+                  "    if view.data_state is not DataState.UPTODATE:\n        return 14",
                   "    if view.data_state is DataState.BLANK:\n        return 14"),
             *core("roles",
                   "        if sb.data_state is not DataState.UPTODATE and \"data_state\" not in"
@@ -324,6 +325,13 @@ RIGHTS: Final = (
              "        _fixed(DecisionKind.COPY_BY_MAP), _lower_id,\n"
              "        \"Split brain: nodes {low} and {high} both went on alone"),
         arbiters=("none",), sequences=("both_alone",), quick=True,
+    ),
+    Mutant(
+        "quiet-line-asked-about", 19,
+        "an operator has to choose between a copy that wrote and one that wrote nothing",
+        core("decide", "    return None if bad else writer\n",
+             "    return None if bad or writer else writer\n"),
+        arbiters=("none",), sequences=("flushed_alone_but_never_wrote",),
     ),
     Mutant(
         "overwritten-before-kept", 19,
