@@ -30,9 +30,11 @@ from nbdmirror.core.kept import (
     decode_header,
 )
 from nbdmirror.core.ports import ReadBuffer, WriteBuffer
+from nbdmirror.core.superblock import choose
 from nbdmirror.errors import MetadataError, RefusedError, StoreError
 from nbdmirror.files import FILE_MODE, open_regular, store_error, sync_directory, write_all
 from nbdmirror.limits import KIB, META_BLOCK_BYTES, MIB, REGION_BYTES_DEFAULT
+from nbdmirror.metastore import FileMetaStore
 
 PIECE_BYTES: Final = 1 * MIB
 INDEX_PIECE_BYTES: Final = 64 * KIB
@@ -212,7 +214,7 @@ class Image:
 
     def _load(self) -> None:
         """All of the index. The last batch of an engine that was killed may be there in part."""
-        judge = Judge(self._facts, 0)
+        judge = Judge(self._facts, self._known_count())
         for entry in self._entries(0):
             judge.take(entry)
             if entry is not None:
@@ -224,6 +226,21 @@ class Image:
             if not entry.zeros and crc32c(self._content(entry)) != entry.content_crc:
                 self._facts.forget(tail[number:])
                 break
+
+    def _known_count(self) -> int:
+        """How many entries the metadata remembers; 0 where it cannot be read."""
+        try:
+            meta = FileMetaStore.open_to_read(self.path.with_name("meta"), locked=False)
+        except (MetadataError, RefusedError, StoreError):
+            return 0
+        try:
+            sb = choose(*meta.read_slots()).superblock
+        except MetadataError:
+            return 0
+        finally:
+            meta.close()
+        ours = sb.node_uuid == self.header.node_uuid
+        return sb.saved_bytes // sb.extent_bytes if ours else 0
 
     def _entries(self, slot: int) -> Iterator[Entry | None]:
         """From a place of the index on; ends where a whole piece holds none."""

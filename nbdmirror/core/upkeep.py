@@ -283,6 +283,9 @@ def tidy(node: Node, idle_seq: int) -> Path:
         yield from node.save_pages(node.dirty.stale_pages()[:256])
         if len(node.log.hot) > HOT_REGIONS_KEPT_COUNT and not node.frozen:
             yield from node.evict(idle_seq)
+        if node.saved_bytes != node.sb.saved_bytes:
+            # Else rot at the end of what is kept would look like what a crash leaves.
+            yield from node.change(lambda sb: sb, always=True)
         # One behind is near enough: two idle nodes would remember each other for ever.
         unremembered = node.log.peer_txn - node.log.durable_peer_txn
         if node.log.version > node.log.durable:

@@ -85,6 +85,8 @@ def given_up_copy_is_kept(s: Scene) -> None:
     s.synced()
     s.both_have(s.write(s.b, 7_000), s.write(s.b, 12))
     holds_image(s)
+    s.run(6_000)
+    assert s.on_disk(s.b).saved_bytes == s.node(s.b).saved_bytes > 0, "how much is remembered"
     s.kill(s.b)
     s.start(s.b)
     holds_image(s)

@@ -17,7 +17,7 @@ from nbdmirror.core.aftermath import Keep
 from nbdmirror.core.checks import crc32c
 from nbdmirror.core.geometry import Geometry
 from nbdmirror.core.ports import Path as CorePath
-from nbdmirror.core.superblock import DataState
+from nbdmirror.core.superblock import ArbiterKind, DataState, Superblock
 from nbdmirror.errors import (
     MetadataError,
     NoRoomToKeepError,
@@ -27,6 +27,7 @@ from nbdmirror.errors import (
 )
 from nbdmirror.kept import FileKept, Image, path_beside
 from nbdmirror.limits import META_BLOCK_BYTES, MIB
+from nbdmirror.metastore import create as create_metadata
 from nbdmirror.store import FileStore
 
 EXTENT = 4096
@@ -206,6 +207,27 @@ def test_what_is_damaged_is_not_handed_out(disk: OnDisk, what: str) -> None:
     with pytest.raises(NoRoomToKeepError, match="kept discard"):
         drive(keeping.keep_before(node, SIZE - 512, SIZE))
     node.keep.file.close()
+
+
+def test_a_lost_end_of_the_index_is_noticed(tmp_path: Path) -> None:
+    """If it fails, an export takes today's writes for what was given up, and nobody is told."""
+    disk = OnDisk(tmp_path)
+    try:
+        sb = Superblock(
+            mirror_id=b"m" * 16, mirror_name="demo", node_id=2, node_uuid=b"n" * 16,
+            device_bytes=SIZE, extent_bytes=EXTENT, region_bytes=MIB, map_id=b"p" * 16,
+            arbiter=ArbiterKind.NONE, saved_bytes=5 * EXTENT,
+        )  # fmt: skip
+        create_metadata(tmp_path / "meta", sb, sb.geometry())
+        drive(keeping.keep_before(disk.node, 0, 5 * EXTENT))
+        disk.store.pwrite(b"t" * 5 * EXTENT, 0)
+        assert exported(disk) == disk.before
+        kept = disk.node.keep.kept
+        disk.node.keep.file.pwrite(bytes(form.ENTRY_BYTES), kept.entry_at(4))
+        with pytest.raises(MetadataError, match="entry 4 of at least 5"):
+            exported(disk)
+    finally:
+        disk.close()
 
 
 def test_a_bad_entry_is_damage_or_the_end_of_a_batch() -> None:
