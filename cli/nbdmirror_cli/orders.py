@@ -320,7 +320,7 @@ def _wait(client: ControlClient, order: Order, known: tuple[Facts, Facts], limit
     under_way = bool(word(now, "order"))
     while not order.done(before, now):
         line = summary(now)
-        if _failed(before, now):
+        if _failed(before, now) or _waits_for_room(before, now):
             raise NbdMirrorError(f"{order.name}: accepted, and failed: now {_with_remedy(now)}")
         ended = order.moves and under_way and not word(now, "order")
         # Twice: the role may be shown a moment after the order has ended well.
@@ -356,6 +356,12 @@ def _failed(before: Facts, now: Facts) -> bool:
 
     failed = word(part(now, "service"), "state") == "failed" and not word(now, "order")
     return failed and marks(now) != marks(before)
+
+
+def _waits_for_room(before: Facts, now: Facts) -> bool:
+    """Whether the resync has begun to wait for an operator, who may be the one who waits here."""
+    was, waits = (word(part(facts, "engine"), "resync_waits") for facts in (before, now))
+    return bool(waits) and not was
 
 
 def _with_remedy(facts: Facts) -> str:

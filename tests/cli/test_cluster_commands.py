@@ -166,6 +166,19 @@ def test_a_service_that_fails_ends_the_wait(shell: Shell, controller: FakeContro
     assert len(controller.then) == 1
 
 
+def test_a_resync_that_waits_for_room_ends_the_wait(
+    shell: Shell, controller: FakeController
+) -> None:
+    """Breaks in the field: the operator waits for a resync that waits for the operator."""
+    controller.change(role="WAIT", readiness="x")
+    more = {"engine": {"resync_waits": "no room"}, "remedy": "`nbdmirror kept limit SIZE` here"}
+    controller.then.extend([more, {"reason": "never asked for"}])
+    assert shell("second", "--timeout", str(BOUND_S)) == errors.NbdMirrorError.exit_code
+    assert "second: accepted, and failed: now WAIT x" in shell.err
+    assert "nbdmirror kept limit" in shell.err
+    assert len(controller.then) == 1
+
+
 @pytest.mark.parametrize(("name", "role"), [("prim", "WAIT"), ("swap", "PRIM"), ("second", "PRIM")])
 def test_an_order_that_is_given_up_ends_the_wait(
     shell: Shell, controller: FakeController, name: str, role: str
