@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from nbdmirror import kept as kept_module
 from nbdmirror.core import keeping
 from nbdmirror.core import kept as form
 from nbdmirror.core.aftermath import Keep
@@ -151,6 +152,27 @@ def test_the_image_is_read_beside_a_running_engine(disk: OnDisk) -> None:
                 disk.change()
         assert content == disk.before
         assert image.facts()["extents"] == disk.node.keep.kept.count
+
+
+def test_the_image_is_read_while_an_extent_changes(
+    disk: OnDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it fails, an extent that changes in the middle of an export is exported as it is now."""
+    read_all = kept_module.read_all
+    with Image.open(disk.kept) as image:
+
+        def busy(descriptor: int, path: Path, view: memoryview, offset: int) -> None:
+            if path != disk.path:
+                read_all(descriptor, path, view, offset)
+                return
+            for _ in range(10):
+                disk.change()
+            read_all(descriptor, path, view, offset)
+            for _ in range(10):
+                disk.change()
+
+        monkeypatch.setattr(kept_module, "read_all", busy)
+        assert b"".join(piece for _, piece in image.pieces()) == disk.before
 
 
 def test_the_image_outlives_the_engine(disk: OnDisk) -> None:
