@@ -15,11 +15,12 @@ from typing import Any, Final, Required, TypedDict, Unpack
 
 from blake3 import blake3
 
-from nbdmirror.arbiters.registration import identity_for, register
+from nbdmirror.arbiters.registration import identity_for, look, register
 from nbdmirror.config import Config
 from nbdmirror.core.dirtymap import DirtyMap
 from nbdmirror.core.geometry import Geometry
 from nbdmirror.core.intentlog import IntentLog
+from nbdmirror.core.record import Record
 from nbdmirror.core.superblock import (
     ARBITER_IDENTITY_BYTES,
     ID_BYTES,
@@ -91,6 +92,16 @@ def first_superblock(
         )
     except MetadataError as error:
         raise ConfigError(f"this device cannot be made: {error}") from error
+
+
+def look_at_store(config: Config) -> tuple[str, Record | None]:
+    """The identity, in hex, of the store of an arbiter with a memory, and the mirror's record there.
+
+    Raises:
+        ArbiterError: the store cannot be asked, or holds what is none.
+    """
+    identity, record = look(config, derive_mirror_id(config.key, config.mirror))
+    return identity.hex(), record
 
 
 class Wanted(TypedDict, total=False):

@@ -5,7 +5,6 @@ its controller proves, every minute.
 """
 
 from nbdmirror import admin
-from nbdmirror.arbiters.registration import look
 from nbdmirror.config import Config
 from nbdmirror.errors import ArbiterError, NbdMirrorError
 from nbdmirror_cli.doctor import FAIL, OK, WARN, Finding
@@ -18,14 +17,14 @@ def store(source: Source) -> Finding:
     """Whether the store answers, is the one that the mirror was made with, and has its record."""
     try:
         config = source.load(with_key=True)
-        identity, record = look(config, admin.derive_mirror_id(config.key, config.mirror))
+        identity, record = admin.look_at_store(config)
     except ArbiterError as error:
         remedy = "without it no node goes on alone: mend the way there, or its table in the file"
         return Finding(WHAT, FAIL, str(error), remedy)
     except NbdMirrorError as error:
         return Finding(WHAT, FAIL, str(error), "mend the configuration or the key first")
     agreed = _agreed(config)
-    if agreed and identity.hex() != agreed:
+    if agreed and identity != agreed:
         what = "this is not the store that the mirror was created with"
         return Finding(WHAT, FAIL, what, "put its address right; docs/arbiters.md")
     if record is None:
