@@ -13,7 +13,6 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
 from typing import Any, Final
 
 import uvloop
@@ -22,7 +21,7 @@ from nbdmirror import memory
 from nbdmirror.clients import disconnect_clients, listening_addresses
 from nbdmirror.config import Config
 from nbdmirror.control import ControlServer, Guard
-from nbdmirror.core import dispatch, io, negotiate, roles
+from nbdmirror.core import io, negotiate, roles
 from nbdmirror.core.channel import Channel
 from nbdmirror.core.checks import crcmod_is_compiled
 from nbdmirror.core.durable import Opened
@@ -47,7 +46,6 @@ from nbdmirror.errors import (
     ConfigError,
     MetadataError,
     NbdMirrorError,
-    PeerProtocolError,
     StoreError,
 )
 from nbdmirror.events import EventLog
@@ -56,6 +54,7 @@ from nbdmirror.limits import REASON_BYTES_MAX
 from nbdmirror.link import TcpLink
 from nbdmirror.metastore import FileMetaStore
 from nbdmirror.peering import Peering
+from nbdmirror.receiver import Receiver
 from nbdmirror.store import FileStore
 from nbdmirror.witness import boot_id_override, read_boot_identity
 
@@ -84,9 +83,8 @@ class Engine:
         self.store: FileStore
         self.meta: FileMetaStore
         self.peering: Peering
+        self.receiver: Receiver
         self._pace_next_s = 0.0
-        self._ready: list[Callable[[], None]] = []
-        self._loop_thread = 0
         self._started = threading.Event()
         self._start_error: BaseException | None = None
         self._clients_at: list[Any] = []
@@ -121,6 +119,9 @@ class Engine:
             raise self._start_error
         journal = self.events.write_for_ever
         threading.Thread(target=journal, name="nbdmirror-journal", daemon=True).start()
+        if self.node.arbiter_has_memory:
+            echoes = self.receiver.stand_in_for_ever
+            threading.Thread(target=echoes, name="nbdmirror-echoes", daemon=True).start()
 
     def _open_files(self) -> Opened:
         meta = FileMetaStore.open(self.config.metadata_file)
@@ -172,12 +173,13 @@ class Engine:
             self.instance,
         )
         self.node.keep.file = FileKept(path_beside(self.config.data_file))
+        self.receiver = Receiver(self.node, self.driver)
         self.node.own_trim_ok = self.node.trim_ok = self.store.can_trim
         self.node.own_fast_zero_ok = self.node.fast_zero_ok = self.store.can_fast_zero
 
     def _run_loop(self) -> None:
-        self._loop_thread = threading.get_ident()
         self.loop = uvloop.new_event_loop()
+        self.receiver.begin(self.loop)
         asyncio.set_event_loop(self.loop)
         self._main_task = self.loop.create_task(self._main())
         self._main_task.add_done_callback(self._main_ended)
@@ -225,7 +227,7 @@ class Engine:
         while True:
             with self.driver.lock:
                 upkeep.tick(time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000)
-            self._run_ready()
+            self.receiver.carry_out()
             self._shut_out()
             self.pool.hurry()
             await asyncio.sleep(TICK_S)
@@ -285,57 +287,15 @@ class Engine:
             )
             session = Session(self, channel, link)
             link.attach(session.outgoing)
-        self.loop.add_reader(connection.fileno(), self._readable, connection, session)
+        self.loop.add_reader(connection.fileno(), self.receiver.readable, connection, session)
         self.spawn("negotiate", negotiate.negotiate(self.node, session))
-        self._take_frames(session)
+        self.receiver.take_frames(session)
         await ended
-
-    def _readable(self, connection: socket.socket, session: Session) -> None:
-        channel = session.channel
-        try:
-            count = connection.recv_into(channel.buffer_for_read())
-            if count:
-                channel.received(count)
-        except (BlockingIOError, InterruptedError):
-            return
-        except PeerProtocolError as error:
-            self._lost(session, str(error))
-            return
-        except OSError as error:
-            self._lost(session, f"receiving failed: {error.strerror}")
-            return
-        if count <= 0:
-            self._lost(session, "the peer closed the connection")
-            return
-        self._take_frames(session)
-
-    def _take_frames(self, session: Session) -> None:
-        more = True
-        while more:
-            # Checked before the lock is taken: a large payload takes its time.
-            try:
-                frames = session.channel.frames()
-            except PeerProtocolError as error:
-                with self.driver.lock:
-                    dispatch.violation(self.node, session, error)
-                break
-            if not frames:
-                break
-            with self.driver.lock:
-                more = dispatch.take(self.node, session, frames)
-        if self._ready:
-            self._run_ready()
-        if session.outgoing:
-            session.link.kick()
 
     def _lost(self, session: Session, reason: str) -> None:
         with self.driver.lock:
             self.node.lose_session(session, reason)
-        self._run_ready()
-
-    def _run_ready(self) -> None:
-        while self._ready:
-            self._ready.pop(0)()
+        self.receiver.carry_out()
 
     # --- what the core asks for (core/ports.py, Shell) -------------------------------------------
 
@@ -349,13 +309,7 @@ class Engine:
 
     def spawn_replica(self, path: Path) -> None:
         """Drive the replica path on the loop's thread where nothing blocks."""
-        ReplicaDriver(self.driver, self.pool, path, INLINE, self._schedule).start()
-
-    def _schedule(self, run: Callable[[], None]) -> None:
-        if threading.get_ident() == self._loop_thread:
-            self._ready.append(run)
-        else:
-            self.loop.call_soon_threadsafe(run)
+        ReplicaDriver(self.driver, self.pool, path, INLINE, self.receiver.schedule).start()
 
     def pace(self, count: int) -> None:
         """Hold the resync back to the configured rate."""
