@@ -5,6 +5,7 @@ frame, checks, window, verdict. It must not hold a copy of a path of the product
 ones.
 """
 
+import time
 from typing import Any, Final
 
 from nbdmirror.core import dispatch, io
@@ -14,7 +15,7 @@ from nbdmirror.core.durable import Opened
 from nbdmirror.core.handshake import Handshake, Identity
 from nbdmirror.core.intentlog import IntentLog
 from nbdmirror.core.node import Node, Role, Settings
-from nbdmirror.core.ports import Path, ReadBuffer
+from nbdmirror.core.ports import Path, ReadBuffer, WriteBuffer
 from nbdmirror.core.replica import replica
 from nbdmirror.core.session import Phase, Session
 from nbdmirror.core.superblock import ArbiterKind, DataState, Superblock
@@ -26,7 +27,11 @@ DEVICE_BYTES: Final = 1 * GIB
 FLUSH_EVERY_COUNT: Final = 1000
 
 
-def superblock(node_id: int = 1, device_bytes: int = DEVICE_BYTES) -> Superblock:
+def superblock(
+    node_id: int = 1,
+    device_bytes: int = DEVICE_BYTES,
+    arbiter: ArbiterKind = ArbiterKind.NONE,
+) -> Superblock:
     """A node at birth."""
     return Superblock(
         mirror_id=b"m" * 16,
@@ -37,7 +42,7 @@ def superblock(node_id: int = 1, device_bytes: int = DEVICE_BYTES) -> Superblock
         extent_bytes=4096,
         region_bytes=4 * MIB,
         map_id=b"p" * 16,
-        arbiter=ArbiterKind.NONE,
+        arbiter=arbiter,
         generation=b"g" * 16,
         data_state=DataState.UPTODATE,
         sequence=1,
@@ -121,6 +126,10 @@ class Shell:
     def pace(self, count: int) -> None:
         """No limit."""
 
+    def now_ms(self) -> int:
+        """The real one: its price is a part of each read."""
+        return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
+
     def random_bytes(self, count: int) -> bytes:
         """All alike."""
         return bytes(count)
@@ -164,9 +173,9 @@ class PeerLink(SinkLink):
                 self._node.advance_stable(seq)
 
 
-def make_node(node_id: int = 1) -> Node:
+def make_node(node_id: int = 1, arbiter: ArbiterKind = ArbiterKind.NONE) -> Node:
     """A node over nothing, in no role."""
-    sb = superblock(node_id)
+    sb = superblock(node_id, arbiter=arbiter)
     geometry = sb.geometry()
     opened = Opened(
         superblock=sb,
@@ -183,8 +192,8 @@ def make_node(node_id: int = 1) -> Node:
 class Primary:
     """The whole write path of a primary, peer and disk being free: `write` is one client write."""
 
-    def __init__(self) -> None:
-        self.node = make_node()
+    def __init__(self, arbiter: ArbiterKind = ArbiterKind.NONE) -> None:
+        self.node = make_node(arbiter=arbiter)
         self.driver = Driver()
         link = PeerLink(self.node, self.driver)
         self.session = Session(self.node.shell, channels()[0], link)
@@ -197,6 +206,10 @@ class Primary:
     def write(self, buffer: ReadBuffer, offset: int) -> None:
         """What the plugin calls, without nbdkit."""
         self.driver.drive(io.write(self.node, buffer, offset, 0))
+
+    def read(self, buffer: WriteBuffer, offset: int) -> None:
+        """The same for a read."""
+        self.driver.drive(io.read(self.node, buffer, offset))
 
 
 class Secondary:

@@ -18,7 +18,7 @@ from nbdmirror.core.geometry import Geometry
 from nbdmirror.core.intentlog import IntentLog
 from nbdmirror.core.ranges import RangeLocks
 from nbdmirror.core.session import Operation, Verdict
-from nbdmirror.core.superblock import decode, encode
+from nbdmirror.core.superblock import ArbiterKind, decode, encode
 from nbdmirror.core.wire import HEADER, HEADER_SCHEMA, FrameType, encode_header
 from nbdmirror.driver import ThreadWaiter
 from nbdmirror.limits import GIB, KIB, MIB, TIB
@@ -211,6 +211,18 @@ def test_write_path(benchmark: Benchmark, size: int) -> None:
     assert primary.session.acked_seq == primary.node.seq
     assert not primary.node.inflight
     assert len(primary.node.log.hot) == min(-(-primary.node.seq // 4), 32)
+
+
+@pytest.mark.parametrize("arbiter", [ArbiterKind.NONE, ArbiterKind.ETCD])
+def test_read_path(benchmark: Benchmark, arbiter: ArbiterKind) -> None:
+    """Breaks in the field: this is what safety adds to each read; a lease is next to nothing."""
+    buffer = bytearray(4096)
+    primary = Primary(arbiter)
+    if arbiter is ArbiterKind.ETCD:
+        primary.node.lease.until_ms = primary.node.shell.now_ms() + 3_600_000
+    offsets = cycle(range(0, 128 * MIB, MIB))
+    benchmark(lambda: primary.read(buffer, next(offsets)))
+    assert not len(primary.node.locks)
 
 
 @pytest.mark.parametrize("batch", [1, 16])

@@ -10,6 +10,7 @@ from typing import Any
 
 from nbdmirror.config_cluster import CHECKER_KEYS, ControllerSection
 from nbdmirror.config_fields import Address, parse_address
+from nbdmirror.limits import READ_LEASE_DRIFT_SHARE, READ_LEASE_MS_MIN
 
 HEARTBEATS_OF_SILENCE = 5
 
@@ -18,6 +19,7 @@ def cluster_problems(raw: dict[str, Any]) -> list[str]:
     """Every mistake that concerns more than one key."""
     return [
         *_heartbeat_problems(raw),
+        *_lease_problems(raw),
         *_choice_problems(raw),
         *_twice(raw, "checker", "name"),
         *_twice(raw, "virtual_address", "address"),
@@ -53,6 +55,24 @@ def _heartbeat_problems(raw: dict[str, Any]) -> Iterator[str]:
         yield (
             f"controller.silence_ms = {silence}: shorter than {HEARTBEATS_OF_SILENCE} heartbeats "
             f"of {period} ms; expected at least {HEARTBEATS_OF_SILENCE * period}"
+        )
+
+
+def _lease_problems(raw: dict[str, Any]) -> Iterator[str]:
+    """Rule 17: a lease that is over before the silence is costs a take-over nothing.
+
+    It is told without an arbiter that has a memory, too: the key is there, and would count then.
+    """
+    section = _table(raw, "controller")
+    silence, period = _number(section, "silence_ms"), _number(section, "heartbeat_ms")
+    share = READ_LEASE_DRIFT_SHARE
+    most = max((silence - period) * share // (share + 1), READ_LEASE_MS_MIN)
+    lease = _table(raw, "engine").get("read_lease_ms")
+    if isinstance(lease, int) and not isinstance(lease, bool) and lease > most:
+        yield (
+            f"engine.read_lease_ms = {lease}: with a margin of a {share}th and one heartbeat of "
+            f"{period} ms longer than controller.silence_ms ({silence}), so that a take-over would "
+            f"wait for it; expected at most {most}"
         )
 
 

@@ -52,6 +52,9 @@ from nbdmirror.limits import (
     KEEP_BYTES,
     KEEP_BYTES_MAX,
     MIB,
+    READ_LEASE_MS,
+    READ_LEASE_MS_MAX,
+    READ_LEASE_MS_MIN,
     REGION_BYTES_DEFAULT,
     REGION_BYTES_MAX,
     REGION_BYTES_MIN,
@@ -204,6 +207,21 @@ class EngineSection(Section):
         FREEZE_LIMIT_MS_MAX,
         "ms",
         "how long writes stay frozen for an answer; not below ack_timeout_ms",
+    )
+    read_lease_ms: int = count_field(
+        READ_LEASE_MS,
+        READ_LEASE_MS_MIN,
+        READ_LEASE_MS_MAX,
+        "ms",
+        "with an arbiter that has a memory: how long after an echo of its peer a primary answers "
+        "reads; with a margin shorter than controller.silence_ms",
+    )
+    reads: Literal["lease", "confirm"] = key_field(
+        "lease",
+        "word",
+        '"lease" or "confirm"',
+        "with an arbiter that has a memory: by a lease, or (where a hypervisor may stop this "
+        "machine's clock) each after an echo of its own",
     )
     on_freeze: Literal["ask", "alone"] = key_field(
         "ask",

@@ -167,6 +167,8 @@ class Engine:
                 flush_interval_ms=settings.flush_interval_ms,
                 flush_bytes=settings.flush_bytes,
                 freeze_limit_ms=settings.freeze_limit_ms,
+                read_lease_ms=settings.read_lease_ms,
+                confirm_reads=settings.reads == "confirm",
                 hand_over=self.config.takeover == "automatic",
                 keep_bytes=settings.keep_bytes,
             ),
@@ -226,7 +228,11 @@ class Engine:
         upkeep = Upkeep(self.node)
         while True:
             with self.driver.lock:
-                upkeep.tick(time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000)
+                upkeep.tick(self.now_ms())
+                session = self.node.session
+            if session is not None and session.outgoing:
+                # The echo that is due, from here: a worker for it may be long in coming.
+                session.link.kick()
             self.receiver.carry_out()
             self._shut_out()
             self.pool.hurry()
@@ -321,6 +327,10 @@ class Engine:
             begins_s = max(now_s, self._pace_next_s)
             self._pace_next_s = begins_s + count / rate
         threading.Event().wait(begins_s - now_s)
+
+    def now_ms(self) -> int:
+        """Goes on while the machine is suspended, which a lease has to notice."""
+        return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
 
     def random_bytes(self, count: int) -> bytes:
         """From the system."""

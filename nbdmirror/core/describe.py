@@ -3,8 +3,9 @@
 from typing import Any
 
 from nbdmirror.core.claims import record_may_hold
+from nbdmirror.core.lease import is_needed
 from nbdmirror.core.negotiate import claim_unsettled
-from nbdmirror.core.node import Node
+from nbdmirror.core.node import Node, Role
 from nbdmirror.core.promotable import promotable
 from nbdmirror.core.superblock import Flags
 from nbdmirror.core.view import dirty_count, node_view, state_message
@@ -28,6 +29,8 @@ def describe(node: Node) -> dict[str, Any]:
         "frozen_reason": node.frozen_reason,
         "question": node.question,
         "held": node.held,
+        "reads": reads(node),
+        "read_lease_ms": node.lease.length_ms,
         "failed": node.failed,
         "refusal": node.refusal,
         "fell_back": node.fell_back,
@@ -93,6 +96,24 @@ def kept_facts(node: Node) -> dict[str, Any] | None:
         "limit_bytes": node.keep.limit_bytes,
         "problem": kept.damage or kept.problem,
     }
+
+
+def reads(node: Node) -> str:
+    """One word about reads (rule 17).
+
+    none: this node does not serve. stale-possible: a primary that was replaced answers until it
+    notices, for the arbiter has no memory. alone: the peer cannot serve. lease, confirm: answered
+    by the peer's leave. frozen, waiting: held until the session, or an echo, is there.
+    """
+    if node.role is not Role.PRIMARY:
+        return "none"
+    if not is_needed(node):
+        return "alone" if node.arbiter_has_memory else "stale-possible"
+    if node.frozen:
+        return "frozen"
+    if node.lease.confirms:
+        return "confirm"
+    return "lease" if node.shell.now_ms() < node.lease.until_ms else "waiting"
 
 
 def promote_refusal(node: Node) -> str:

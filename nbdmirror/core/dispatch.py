@@ -121,9 +121,13 @@ def aside(node: Node, session: Session, frame: Frame) -> None:
     kind = frame.type
     if kind is FrameType.ECHO_REQUEST:
         node.log.peer_txn = max(node.log.peer_txn, frame.aux)
+        if session.peer_primary and session.may_receive:
+            node.lease.lend(node.shell.now_ms())
         session.queue(FrameType.ECHO_REPLY, 0, frame.seq, 0, node.log.txn, EMPTY)
     elif kind is FrameType.ECHO_REPLY:
         session.heard = True
+        if session.sending and session is node.session:
+            node.lease.answered(frame.seq)
     else:
         waiter = session.hash_waiters.pop(frame.seq, None)
         if waiter is None:
@@ -174,6 +178,8 @@ def note(node: Node, session: Session, message: Role | Relay) -> None:
     """What the peer says of itself, whenever it likes."""
     if isinstance(message, Role):
         session.peer_primary = message.primary
+        if not message.primary:
+            node.lease.returned()
         return
     session.peer_attended = message.attended
     if message.payload:

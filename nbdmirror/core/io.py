@@ -15,6 +15,7 @@ import errno
 from contextlib import suppress
 
 from nbdmirror.core.keeping import keep_before, keep_before_zeros
+from nbdmirror.core.lease import may_answer, permission
 from nbdmirror.core.messages import Stable
 from nbdmirror.core.node import Node
 from nbdmirror.core.ports import Path, ReadBuffer, WriteBuffer
@@ -313,9 +314,12 @@ def read(node: Node, buffer: WriteBuffer, offset: int) -> Path:
     """Fill `buffer` from the local file; a read waits for an overlapping write in flight.
 
     What was read may not vanish at a failover, so a range whose write is not yet on both nodes is
-    not shown. The gate is asked again afterwards: a node deposed meanwhile answers nothing.
+    not shown. The gate is asked again afterwards: a node deposed meanwhile answers nothing; nor
+    does one whose lease has run out, as it may be deposed (rule 17). A read that has to wait for
+    that keeps nothing locked.
     """
-    node.require_primary()
+    epoch = node.require_primary()
+    mark = node.lease.number
     hold = node.locks.acquire(offset, offset + len(buffer), False)
     try:
         if hold.waiter is not None:
@@ -331,6 +335,8 @@ def read(node: Node, buffer: WriteBuffer, offset: int) -> Path:
         node.require_primary()
     finally:
         node.locks.release(hold)
+    if node.shell.now_ms() >= node.lease.until_ms and not may_answer(node, mark):
+        yield from permission(node, epoch, mark)
 
 
 def extents(node: Node, offset: int, length: int) -> Path:
@@ -338,7 +344,8 @@ def extents(node: Node, offset: int, length: int) -> Path:
 
     It waits like a read: that a range reads as zeros is content, and may not vanish either.
     """
-    node.require_primary()
+    epoch = node.require_primary()
+    mark = node.lease.number
     hold = node.locks.acquire(offset, offset + length, False)
     try:
         if hold.waiter is not None:
@@ -348,6 +355,8 @@ def extents(node: Node, offset: int, length: int) -> Path:
         node.require_primary()
     finally:
         node.locks.release(hold)
+    if node.shell.now_ms() >= node.lease.until_ms and not may_answer(node, mark):
+        yield from permission(node, epoch, mark)
     return runs
 
 

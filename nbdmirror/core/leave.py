@@ -99,6 +99,7 @@ def peer_left(node: Node, session: Session, message: Left) -> Path:
     )
     if bound != mine:
         raise PeerProtocolError("the word of leaving is not bound to this session")
+    node.lease.returned()
     node.lose_session(session, "the peer left and is outdated")
     while is_open(node, message.generation):
         yield from node.wait_to_change(PEER_LEFT)
@@ -227,6 +228,7 @@ def left_by_word(node: Node, word: Word) -> Path:
         RefusedError: it has come back, or something else was decided since the answer.
     """
     require_unchanged_since(node, word, "peer left")
+    node.lease.returned()
     yield from stay(node)
     if not node.sb.flags & Flags.PEER_OUTDATED:
         raise RefusedError("peer left: it has come back, or this node is stopping; look again")

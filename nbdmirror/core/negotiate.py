@@ -12,6 +12,7 @@ from dataclasses import replace
 from nbdmirror.core.decide import Decision, DecisionKind, NodeView, decide
 from nbdmirror.core.durable import add_base, inconsistent
 from nbdmirror.core.joint import joint_step, require_live
+from nbdmirror.core.lease import begin_lease
 from nbdmirror.core.messages import (
     Bye,
     MapEnd,
@@ -45,6 +46,7 @@ from nbdmirror.errors import (
     SessionLostError,
     StoreError,
 )
+from nbdmirror.limits import READ_LEASE_MS_MAX, READ_LEASE_MS_MIN
 
 COPIES = frozenset({DecisionKind.COPY_BY_MAP, DecisionKind.COPY_FULL})
 RESUME_CODE = 255
@@ -86,8 +88,11 @@ def meet(node: Node, session: Session) -> Path:
     yield (session.link.kick,)
     theirs = yield from session.expect(State)
     session.peer_primary = theirs.primary_now
+    if not theirs.primary_now:
+        node.lease.returned()
     require_known_peer(node, session)
     require_same_arbiter(mine, theirs)
+    yield from agree_lease(node, session, mine, theirs)
     resumable = may_resume(mine, theirs, session)
     me = node_view(mine, node.sb.mirror_id, node.sb.node_id)
     peer = view_of_state(theirs, session.peer)
@@ -145,6 +150,30 @@ def require_same_arbiter(mine: State, theirs: State) -> None:
             f"{theirs.arbiter.word} there (or another store of that kind); "
             "make the two configurations equal"
         )
+
+
+def agree_lease(node: Node, session: Session, mine: State, theirs: State) -> Path:
+    """The longer read lease counts on both, and is stored before the peer relies on it (rule 17).
+
+    The source begins when it has this node's verdict. An engine that starts after this one waits
+    that long before it serves, whatever its configuration says then.
+
+    Raises:
+        PeerRefusedError: the peer's is out of bounds; 0 is a program that knows no lease.
+    """
+    if not node.arbiter_has_memory:
+        return
+    theirs_ms = theirs.read_lease_ms
+    if not READ_LEASE_MS_MIN <= theirs_ms <= READ_LEASE_MS_MAX:
+        raise PeerRefusedError(
+            f"the peer's read lease is {theirs_ms} ms, allowed {READ_LEASE_MS_MIN} to "
+            f"{READ_LEASE_MS_MAX}: make the two configurations, and the two programs, equal"
+        )
+    length_ms = max(mine.read_lease_ms, theirs_ms)
+    node.lease.length_ms = max(node.lease.length_ms, length_ms)
+    yield from node.change(while_live(session, lambda sb: replace(sb, read_lease_ms=length_ms)))
+    require_live(session)
+    node.lease.length_ms = length_ms
 
 
 def verdict_code(decision: Decision, me: NodeView, peer: NodeView) -> int:
@@ -239,6 +268,7 @@ def resume(node: Node, session: Session, mine: State, theirs: State) -> Path:
         hear_answers(session)
         session.sending = True
         session.tell(SourceBegin(first_seq=theirs.resume_applied + 1, resume=True))
+        begin_lease(node, session)
         replay(node, session, theirs.resume_applied)
         node.frozen_reason = ""
         node.answer()
@@ -407,6 +437,7 @@ def start_sending(node: Node, session: Session, *, copying: bool) -> None:
     session.tell(SourceBegin(first_seq=node.seq + 1, resume=False))
     hear_answers(session)
     session.sending = True
+    begin_lease(node, session)
     session.acked_seq = node.seq
     node.new_numbers(node.seq)
     for operation in pending:

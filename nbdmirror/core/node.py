@@ -19,6 +19,7 @@ from enum import Enum
 
 from nbdmirror.core.aftermath import Keep, Split
 from nbdmirror.core.durable import NO_GENERATION, NO_LIMIT_SEQ, Durable, Opened, wake_all
+from nbdmirror.core.lease import Lease
 from nbdmirror.core.ports import MetaStore, Path, Shell, Store, Waiter
 from nbdmirror.core.ranges import RangeLocks
 from nbdmirror.core.session import EMPTY, Operation, Phase, Session, Verdict
@@ -38,6 +39,7 @@ from nbdmirror.limits import (
     FREEZE_LIMIT_MS,
     KEEP_BYTES,
     QUIESCE_TIMEOUT_MS,
+    READ_LEASE_MS,
     UNFLUSHED_ENTRIES_MAX,
 )
 
@@ -68,7 +70,8 @@ class Settings:
     flush_interval_ms: int = FLUSH_INTERVAL_MS
     flush_bytes: int = FLUSH_BYTES
     freeze_limit_ms: int = FREEZE_LIMIT_MS
-    read_lease_ms: int = 0
+    read_lease_ms: int = READ_LEASE_MS
+    confirm_reads: bool = False
     hand_over: bool = True
     keep_bytes: int = KEEP_BYTES
 
@@ -94,6 +97,9 @@ class Node(Durable):
         self.boot_id = opened.boot_id
         self.mount_id = opened.mount_id
         self.locks = RangeLocks(shell.waiter)
+        # What an earlier engine of this node agreed on is in the superblock.
+        length_ms = max(settings.read_lease_ms, self.sb.read_lease_ms)
+        self.lease = Lease(length_ms, shell.now_ms(), confirms=settings.confirm_reads)
         self.role = Role.NONE
         self.epoch = 0
         self.changing = ""
@@ -330,6 +336,7 @@ class Node(Durable):
         session.close(reason)
         if self.session is session:
             self.session = None
+            self.lease.forget()
             self.last_session = session if was is Phase.SYNCED else None
             if was is Phase.SYNCED:
                 self.split.parted_ms = self.split.now_ms
@@ -344,7 +351,7 @@ class Node(Durable):
                 self.ask("frozen")
         if self.role is Role.SECONDARY and self.session is None:
             self.take_role(Role.NONE)
-        wake_all(self._answer_waiters)
+        self._look_again()
         self.shell.emit("session-lost", session=f"{session.number:016x}", reason=reason)
 
     def go_on_alone(self) -> None:
@@ -384,7 +391,12 @@ class Node(Durable):
     def answer(self) -> None:
         """The question is settled; wake whoever waits for that."""
         self.question = ""
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """Wake whatever waits for a change of this node's standing, reads too."""
         wake_all(self._answer_waiters)
+        self.lease.wake()
 
     def wait_for_answer(self) -> Path:
         """Wait for the next answer or change."""

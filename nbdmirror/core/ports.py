@@ -147,6 +147,10 @@ class Shell(Protocol):
         """Drive the replica path: on the thread that receives frames, as far as nothing blocks."""
         ...
 
+    def now_ms(self) -> int:
+        """CLOCK_BOOTTIME, rounded down: it goes on while the machine sleeps, and nobody sets it."""
+        ...
+
     def random_bytes(self, count: int) -> bytes:
         """Unpredictable in production, seeded in the simulator."""
         ...

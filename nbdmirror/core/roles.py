@@ -10,6 +10,7 @@ from dataclasses import replace
 from nbdmirror.core.claims import claim_now, claimed_edit
 from nbdmirror.core.durable import NO_GENERATION
 from nbdmirror.core.io import flush_pair
+from nbdmirror.core.lease import begin_lease, wait_out
 from nbdmirror.core.leave import Word, ask_to_leave, leave_by_word, left_by_word, would_stay
 from nbdmirror.core.messages import Role as RoleMessage
 from nbdmirror.core.node import OWN_CHANGES, STEP_BACK, Node, Role
@@ -109,6 +110,7 @@ def promote_now(node: Node, *, force: bool) -> Path:
     if session is not None and session.sending and refusal is None:
         yield from become_primary(node, {})
         session.tell(RoleMessage(primary=True, term=node.sb.term))
+        begin_lease(node, session)
         yield (session.link.kick,)
         return
     planned = session is not None and session.phase is Phase.SYNCED and refusal is None
@@ -150,6 +152,9 @@ def take_over(node: Node, *, force: bool) -> Path:
 def become_primary(node: Node, changes: dict[str, object], claim: bytes = NO_GENERATION) -> Path:
     """Store that this node is primary in a new term, then open the gate.
 
+    Not before the old primary has stopped to answer reads (rule 17): the session is closed, so it
+    is lent nothing more. No session begins meanwhile, because this change is under way.
+
     Raises:
         RefusedError: a session began meanwhile that this node is not the source of.
     """
@@ -163,6 +168,7 @@ def become_primary(node: Node, changes: dict[str, object], claim: bytes = NO_GEN
             flags |= Flags.ALONE | Flags.TOOK_OVER
         return replace(edited, flags=flags, term=sb.term + 1, **changes)  # type: ignore[arg-type]
 
+    yield from wait_out(node)
     yield from node.change(edit)
     session = node.session
     if session is not None and not session.sending:

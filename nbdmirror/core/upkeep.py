@@ -10,8 +10,7 @@ from nbdmirror.core.node import Node, Role
 from nbdmirror.core.ports import Path
 from nbdmirror.core.ranges import Hold
 from nbdmirror.core.roles import hand_over, step_back
-from nbdmirror.core.session import EMPTY, Phase, Session
-from nbdmirror.core.wire import FrameType
+from nbdmirror.core.session import Phase, Session
 from nbdmirror.errors import NbdMirrorError
 from nbdmirror.limits import ATTENDED_MS, CONTROLLER_LOST_MS, KEEPALIVE_MS, SILENCE_MS
 
@@ -34,7 +33,6 @@ class Upkeep:
         self.acked_mark = (0, 0)
         self.flushed_mark = (0, 0)
         self.echo_sent_ms = 0
-        self.echo_number = 0
         self.heard_ms = 0
         self.flush_ms = 0
         self.flushed_seq = 0
@@ -131,11 +129,15 @@ class Upkeep:
 
     def echo(self, session: Session, now_ms: int) -> None:
         """Ask for a sign of life, and tell the last durable intent transaction with it."""
-        if session.live and now_ms - self.echo_sent_ms >= KEEPALIVE_MS:
+        node = self.node
+        every_ms = KEEPALIVE_MS
+        if session.sending and node.arbiter_has_memory:
+            # Each third of the read lease, rather a tick early than late.
+            every_ms = min(every_ms, node.lease.length_ms // 3 - TICK_MS)
+        if session.live and now_ms - self.echo_sent_ms >= every_ms:
             self.echo_sent_ms = now_ms
-            self.echo_number += 1
-            session.queue(FrameType.ECHO_REQUEST, 0, self.echo_number, 0, self.node.log.txn, EMPTY)
-            self.node.shell.spawn("echo", kick(session))
+            node.lease.ask(session, now_ms, node.log.txn)
+            node.shell.spawn("echo", kick(session))
 
     def flush(self, now_ms: int) -> None:
         """The background flush of both nodes, or of this one when it is alone."""

@@ -32,6 +32,10 @@ class NullShell:
         """Never waited for."""
         return SimWaiter()
 
+    def now_ms(self) -> int:
+        """Never compared with anything."""
+        return 0
+
     def __getattr__(self, name: str) -> Any:
         raise AssertionError(f"a node that is only looked at called {name}")
 

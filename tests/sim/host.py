@@ -225,7 +225,7 @@ class EngineLife(Life):
 
     def tick(self) -> None:
         """The clock of the engine."""
-        self.upkeep.tick(self.world.now_ms)
+        self.upkeep.tick(self.now_ms())
         if self.node.session is not None:
             self.silent_since_ms = self.world.now_ms
         self.world.at(TICK_MS, self, self.tick)
@@ -277,6 +277,10 @@ class EngineLife(Life):
 
     def pace(self, count: int) -> None:
         """The simulated resync is not held back."""
+
+    def now_ms(self) -> int:
+        """The world's."""
+        return self.world.now_ms
 
     def random_bytes(self, count: int) -> bytes:
         """Seeded."""
