@@ -40,6 +40,7 @@ class Checker(Copies):
             "acked": 0, "alone": 0, "flushes": 0, "reads": 0, "syncs": 0, "joints": 0,
             "covers": 0, "stale_reads": 0, "lowered": 0, "unknown": 0, "splits": 0, "equal": 0,
             "resumed": 0, "refused": 0, "leaves": 0, "disk_errors": 0, "kept": 0,
+            "deposed_reads": 0,
             "evicted_alone": 0, "evicted_in_sync": 0, "evicted_by_replica": 0,
             "ESHUTDOWN": 0, "EIO": 0, "ENOSPC": 0, "EINVAL": 0,
         }  # fmt: skip
@@ -179,36 +180,65 @@ class Checker(Copies):
                 f"holds {number}"
             )
 
-    def read_done(self, host: Host, sectors: range, data: bytes) -> None:
-        """A read was answered: what it showed may not vanish (A5)."""
+    def is_deposed(self, host: Host) -> bool:
+        """Whether the other node has acknowledged without this one, which still takes requests."""
+        return not self.holders[host.index] and self.alone_acks[1 - host.index]
+
+    def read_begins(self, host: Host, sectors: range) -> list[int]:
+        """A client reads; returns what the read has to show at least."""
+        self.counts["deposed_reads"] += self.memory and self.is_deposed(host)
+        return self.history.demanded(sectors)
+
+    def read_done(self, host: Host, sectors: range, data: bytes, began: list[int]) -> None:
+        """A read was answered: what it shows is recent enough, and does not vanish (A5)."""
         self.counts["reads"] += 1
-        other = self.other(host)
         if self.split:
             return
-        zombie = not self.holders[host.index] and self.alone_acks[other.index]
+        numbers = {
+            sector: self.history.value_of(data[place * 512 : place * 512 + 512], sector)
+            for place, sector in enumerate(sectors)
+        }
+        if self._is_current(host, numbers, began) and not self.is_deposed(host):
+            for sector, number in numbers.items():
+                if number:
+                    self._shown(host, sector, self.history.records[number])
+
+    def _is_current(self, host: Host, numbers: dict[int, int], began: list[int]) -> bool:
+        """A4, A6: no read shows less than was acknowledged, by anybody, before it began.
+
+        By a lease (rule 17) nothing that the new primary has acknowledged when it is answered. Only
+        a node whose arbiter has no memory is let off, and one that an operator forced aside.
+        """
+        history, node = self.history, host.node
+        assert node is not None
+        deposed, leased = self.is_deposed(host), self.memory and not self.forced
+        # Under a lease a read may be held, and a write that it does not show be acknowledged.
+        late = leased and (not deposed or node.settings.confirm_reads)
+        for (sector, number), least in zip(numbers.items(), began, strict=True):
+            bound = history.bound.get(sector, -1)
+            if not history.is_stale(number, sector, min(bound, least) if late else bound):
+                continue
+            if deposed and not leased:
+                self.counts["stale_reads"] += 1
+                return False
+            rule = "A6: the deposed" if deposed else "A4:"
+            self.fail(f"{rule} {host.name} read sector {sector} as {number}, which is too old")
+        return True
+
+    def _shown(self, host: Host, sector: int, record: Record) -> None:
+        """A5: from here on it must be there, or something not older."""
+        issued, other = record.issued, self.other(host)
+        if self.history.bound.get(sector, -1) >= issued:
+            return
         node = host.node
         assert node is not None
-        session = node.sending_session()
-        for place, sector in enumerate(sectors):
-            number = self.history.value_of(data[place * 512 : place * 512 + 512], sector)
-            if self.history.is_stale(number, sector, self.history.bound.get(sector, -1)):
-                if zombie:
-                    # Rule 17 (the read lease) is not part of the core yet.
-                    self.counts["stale_reads"] += 1
-                    return
-                self.fail(f"A4: {host.name} read sector {sector} as {number}, which is too old")
-            if not number or zombie:
-                continue
-            record = self.history.records[number]
-            issued = record.issued
-            if self.history.bound.get(sector, -1) >= issued:
-                continue
-            there = self.history.value(other.data.cache, sector)
-            if self.history.is_stale(there, sector, issued):
-                if session is not None and session.phase is Phase.SYNCED:
-                    self.fail(f"A5: {host.name} showed write {number}, which {other.name} lacks")
-                self.holders = [i == host.index for i in (0, 1)]
-            self.history.bound[sector] = issued
+        there = self.history.value(other.data.cache, sector)
+        if self.history.is_stale(there, sector, issued):
+            session = node.sending_session()
+            if session is not None and session.phase is Phase.SYNCED:
+                self.fail(f"A5: {host.name} showed write {record.number}, which {other.name} lacks")
+            self.holders = [i == host.index for i in (0, 1)]
+        self.history.bound[sector] = issued
 
     # --- crashes and operators ------------------------------------------------------------------
 

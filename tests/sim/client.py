@@ -23,6 +23,8 @@ from tests.sim.world import SimWaiter, World, sleep
 Judge: TypeAlias = Callable[[str], None]
 SCRIBBLE = 0xEE
 RETRY_MS = 40
+READ_GAP_MS = 100
+READS_MAX = 60
 
 
 class Client:
@@ -48,10 +50,39 @@ class Client:
         for slot in range(slots):
             self.world.spawn(self.world.life, f"client-{slot}", self._slot())
 
-    def _slot(self) -> Path:
+    def stay_with(self, host: Host) -> None:
+        """Some that know one node only, and go on asking it when it is deposed."""
+        world = self.world
+        world.spawn(world.life, f"client-{host.name}", self._slot(host))
+        world.spawn(world.life, f"reader-{host.name}", self._readers(host))
+
+    def _readers(self, host: Host) -> Path:
+        """One read after another, whether the ones before were answered or not."""
+        waiting: list[int] = []
+
+        def read(life: EngineLife) -> Path:
+            self.busy_count += 1
+            yield from self.read(life)
+            self.busy_count -= 1
+            waiting.pop()
+
+        while not self.stopped:
+            yield (sleep, self.rng.randrange(2 * READ_GAP_MS))
+            life = host.life
+            if life is None or not life.ready or life.node.role is not Role.PRIMARY:
+                continue
+            if len(waiting) < READS_MAX:
+                waiting.append(0)
+                self.world.spawn(self.world.life, f"read-{host.name}", read(life))
+
+    def _slot(self, only: Host | None = None) -> Path:
         while not self.stopped:
             yield (sleep, self.rng.randrange(self.think_ms))
             host = self._target()
+            if only is not None:
+                life = only.life
+                serves = life is not None and life.ready and life.node.role is Role.PRIMARY
+                host = only if serves else None
             if host is None:
                 yield (sleep, RETRY_MS)
                 continue
@@ -163,10 +194,11 @@ class Client:
             sectors = sectors[:256]
         buffer = bytearray(len(sectors) * SECTOR_BYTES)
         path = io.read(life.node, buffer, sectors.start * SECTOR_BYTES)
+        began = self.checker.read_begins(life.host, sectors)
 
         def judge(problem: str) -> None:
             if not problem:
-                self.checker.read_done(life.host, sectors, bytes(buffer))
+                self.checker.read_done(life.host, sectors, bytes(buffer), began)
 
         return (yield from self._drive(life, path, "read", judge))
 

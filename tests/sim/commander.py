@@ -51,6 +51,10 @@ class Commander:
         self.allow_split = self.rng.random() < 0.3
         self.sane = False
         self.enabled = True
+        # Whether a secondary goes for the role without waiting for silence.
+        self.hasty = False
+        # Nobody commands this node for a while.
+        self.cut_off: Host | None = None
         self._refused_since_ms = 0
         self._claimants: dict[EngineLife, Claimant] = {}
         self.words: Words
@@ -65,6 +69,8 @@ class Commander:
         while True:
             yield (sleep, self.rng.randrange(60, 300))
             if not self.enabled or life.retiring or life.node.changing:
+                continue
+            if life.host is self.cut_off:
                 continue
             yield from self._once(life)
 
@@ -196,7 +202,8 @@ class Commander:
             yield from self.words.leave(life)
             return
         silent_ms = self.world.now_ms - life.silent_since_ms
-        if silent_ms < SILENCE_MS + self.rng.randrange(800) or self._peer_serves(life):
+        silence_ms = self.rng.randrange(800) + (0 if self.hasty and not self.sane else SILENCE_MS)
+        if silent_ms < silence_ms or self._peer_serves(life):
             return
         if self.sane and self._will_meet(life) and silent_ms < 20_000:
             return

@@ -49,6 +49,16 @@ class Faults:
         weights = [self.rng.choice((0, 1, 1, 3)) for _ in self.kinds]
         self.weights = weights if sum(weights) else [1] * len(weights)
         self.gap_ms = self.rng.choice((150, 600, 2000))
+        # Some seeds with a memory are about primaries that do not know that they are deposed.
+        self.deposes = commander.arbiter is not None and world.rng["lease"].random() < 0.25
+        # The record decides who goes on, and no engine relies on its peer's patience.
+        commander.hasty = self.deposes
+        if self.deposes:
+            self.kinds = [
+                self.stop_primary, self.stop_primary, self.isolate_primary, self.isolate_primary,
+                self.pause, self.reset, self.cut_one_way, self.swap, self.kill, self.slow_disk,
+            ]  # fmt: skip
+            self.weights = [4, 4, 4, 4, 1, 1, 1, 1, 1, 1]
 
     def script(self) -> Path:
         """One fault after another."""
@@ -108,6 +118,37 @@ class Faults:
     def pause(self) -> None:
         """A host runs nothing for a while."""
         self._host().pause(self.rng.choice((100, 700, 1800, 4000, 9000)))
+
+    def stop_primary(self) -> Path | None:
+        """A primary stands still, from some moment of what it does, until another one may serve."""
+        host = self._primary()
+        if host is None:
+            return None
+        return self._stopped(host, self.rng.choice((1500, 3500, 4500, 6000, 14_000)))
+
+    def _stopped(self, host: Host, duration_ms: int) -> Path:
+        host.pause(duration_ms)
+        yield (sleep, duration_ms)
+
+    def isolate_primary(self) -> Path | None:
+        """A primary runs on, and neither peer nor arbiter nor controller can tell it anything."""
+        host = self._primary()
+        return self._isolated(host) if host is not None else None
+
+    def _isolated(self, host: Host) -> Path:
+        self.commander.cut_off = host
+        self.commander.words.cut_off = True
+        self.net.cut(0)
+        self.net.cut(1)
+        peer = host.peer.node
+        if peer is not None and peer.session is not None and self.rng.random() < 0.7:
+            # Its connection is gone at once, the primary's is half open.
+            peer.lose_session(peer.session, "connection reset")
+        yield (sleep, self.rng.choice((3000, 6000, 9000)))
+        self.net.heal()
+        self.world.note("the link heals")
+        self.commander.cut_off = None
+        self.commander.words.cut_off = False
 
     # --- network
 

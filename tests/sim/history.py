@@ -90,6 +90,10 @@ class History:
             if bound.get(sector, -1) < issued:
                 bound[sector] = issued
 
+    def demanded(self, sectors: range) -> list[int]:
+        """For each sector the time of issue of what must not be lost, -1 if there is nothing."""
+        return [self.bound.get(sector, -1) for sector in sectors]
+
     def promise_durable(self, record: Record, node: int) -> None:
         """A flush or FUA that covers it was acknowledged for `node`."""
         flushed, issued = self.flushed[node], record.issued

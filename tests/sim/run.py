@@ -5,7 +5,7 @@ liveness mode), then the last comparison. `python -m tests.sim` runs many of the
 """
 
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from nbdmirror.core.node import Settings, is_write
@@ -64,9 +64,15 @@ class Simulation:
             keep_bytes=rng.choice((0, 16 * 1024, 256 * 1024, 64 * MIB)),
         )
         hot_regions_max = rng.choice((0, 6, 12))
+        leases = world.rng["lease"]
         for host in hosts:
             host.can_trim, host.can_fast_zero = rng.random() < 0.9, rng.random() < 0.8
-            host.settings = settings
+            # Of two leases the longer counts; the longest here outlasts every silence.
+            host.settings = replace(
+                settings,
+                read_lease_ms=leases.choice((300, 1000, 1000, 4000)),
+                confirm_reads=leases.random() < 0.2,
+            )
             host.hot_regions_max = hot_regions_max
             host.create(creator=host.index == 0, arbiter=kind, zeroed=zeroed)
         self.arbiter = Arbiter(world, hosts[0].sb.generation, 0) if memory else None
@@ -80,6 +86,9 @@ class Simulation:
         self.client = Client(world, hosts, checker)
         self.faults = Faults(world, hosts, net, checker, self.commander)
         self.chaos_ms = rng.choice((3_000, 6_000, 10_000))
+        if self.faults.deposes:
+            # A take-over takes seconds.
+            self.chaos_ms *= 4
         self.slots = rng.choice((1, 3, 5))
         world.after_step = self.after_step
 
@@ -95,6 +104,9 @@ class Simulation:
             world.at(world.rng["setup"].randrange(500), world.life, host.start)
         world.spawn(world.life, "operator", self.commander.operator())
         self.client.start(self.slots)
+        if self.faults.deposes:
+            for host in self.hosts:
+                self.client.stay_with(host)
 
     def chaos(self) -> None:
         """Faults for a while."""

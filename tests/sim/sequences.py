@@ -12,6 +12,7 @@ from tests.sim import sequences_holes as holes
 from tests.sim import sequences_kept as kept
 from tests.sim import sequences_machines as machines
 from tests.sim import sequences_mutants as shown
+from tests.sim import sequences_reads as reads
 from tests.sim import sequences_words as words
 from tests.sim.sequences_scene import Scene
 
@@ -96,6 +97,13 @@ SEQUENCES: Final = {
         holes.claim_flushes_first, holes.power_cut_bars_claim, holes.claim_applied_late,
         holes.claim_applied_then_killed, holes.winner_died, holes.arbiter_has_to_agree,
         holes.record_lost_to_nobody, words.words_for_a_claim,
+        reads.deposed_primary_answers_nothing, reads.stopped_primary_wakes_up,
+        reads.read_that_takes_long, reads.block_status_is_held, reads.late_echo_lends_nothing,
+        reads.engine_that_knows_nothing_waits, reads.longer_lease_counts,
+        reads.promoted_before_it_was_told, reads.lease_from_the_joint_step_on,
+        reads.reads_freeze_with_the_writes, reads.idle_pair_reads_at_once,
+        reads.long_read_locks_nothing, reads.swap_waits_for_nothing, reads.word_waits_for_nothing,
+        reads.clock_that_stood_still, reads.reads_share_an_echo, reads.no_session_without_a_lease,
     ),
 }  # fmt: skip
 

@@ -19,6 +19,7 @@ from nbdmirror.limits import (
 )
 from tests.sim.arbiter import Held
 from tests.sim.disk import Change
+from tests.sim.host import TICK_MS
 from tests.sim.sequences_crashes import begin_resync, until_target_took
 from tests.sim.sequences_scene import NOBODY, Scene
 
@@ -497,7 +498,7 @@ def record_lost_to_nobody(s: Scene) -> None:
     s.part()
     s.checker.forced = True
     s.arbiter.held = Held(s.arbiter.held.counter + 1, bytes([9]) * 16, NOBODY)
-    s.run(1)
+    s.run(TICK_MS)
     s.checker.forced = False
     assert not s.claim(s.a)
     assert s.node(s.a).role is Role.NONE

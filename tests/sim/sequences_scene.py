@@ -352,12 +352,24 @@ class Scene:
         """A client reads one extent."""
         request = Request(None, self.world.steps)
         life = self.life(host)
+        sectors = range(extent * BLOCK_SECTORS, (extent + 1) * BLOCK_SECTORS)
+        buffer = bytearray(BLOCK_SECTORS * 512)
+        began = self.checker.read_begins(host, sectors)
 
         def done(_value: Any, error: Exception | None) -> None:
             self._ended(life, "read", request, error)
+            if error is None:
+                self.checker.read_done(host, sectors, bytes(buffer), began)
 
-        path = io.read(life.node, bytearray(BLOCK_SECTORS * 512), extent * BLOCK_SECTORS * 512)
+        path = io.read(life.node, buffer, sectors.start * 512)
         self.world.spawn(life, "read", path, done)
+        return request
+
+    def read(self, host: Host, extent: int) -> Request:
+        """A read that must be answered."""
+        request = self.begin_read(host, extent)
+        self.until(lambda: request.problem is not None)
+        assert request.acknowledged, request.problem
         return request
 
     def flush(self, host: Host) -> None:

@@ -10,6 +10,7 @@ from tests.sim import (
     sequences_kept,
     sequences_machines,
     sequences_mutants,
+    sequences_reads,
     sequences_words,
 )
 from tests.sim.sequences import SEQUENCES, play
@@ -19,6 +20,7 @@ HELPERS = {
     "images", "put", "replaced", "old_one_is_back",
     "set_back_when_copied", "speak", "word",
     "split", "give_up", "holds_image", "by_chance", "after", "by_chances",
+    "takes_over", "reads_for", "took_ms", "loses_peer",
 }  # fmt: skip
 MODULES = (
     sequences_crashes,
@@ -28,6 +30,7 @@ MODULES = (
     sequences_kept,
     sequences_machines,
     sequences_mutants,
+    sequences_reads,
     sequences_words,
 )
 

@@ -32,12 +32,16 @@ class Words:
         self.rng = world.rng["command"]
         # How often the controllers speak at all: some seeds know no words.
         self.chance = self.rng.choice((0.0, 0.7, 1.0))
+        # Whether the controllers do not hear each other at all.
+        self.cut_off = False
         self.counts = {"spoken": 0, "told": 0}
 
     # --- the parts of a dialog ------------------------------------------------------------------
 
     def _way(self) -> Path:
         """One heartbeat; returns whether it arrived."""
+        if self.cut_off:
+            return False
         slow = self.rng.random() < 0.1
         yield (sleep, self.rng.randrange(200, 2500) if slow else self.rng.randrange(1, 60))
         return self.rng.random() >= LOST

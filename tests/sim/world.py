@@ -21,7 +21,7 @@ from nbdmirror.core.ports import Path
 from nbdmirror.errors import NbdMirrorError
 
 TRACE_TAIL_COUNT = 400
-CONCERNS = ("net", "disk", "client", "faults", "schedule", "shell", "command", "setup")
+CONCERNS = ("net", "disk", "client", "faults", "schedule", "shell", "command", "setup", "lease")
 
 
 class ViolationError(Exception):
