@@ -95,7 +95,7 @@ def first_superblock(
 
 
 def look_at_store(config: Config) -> tuple[str, Record | None]:
-    """The identity, in hex, of the store of an arbiter with a memory, and the mirror's record there.
+    """The identity, in hex, of the store of an arbiter, and its record of this mirror.
 
     Raises:
         ArbiterError: the store cannot be asked, or holds what is none.

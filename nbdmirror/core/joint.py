@@ -10,6 +10,7 @@ the rule; each is durable before the next begins:
     (d) the source takes J.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from nbdmirror.core.durable import NO_GENERATION, add_base
@@ -17,7 +18,13 @@ from nbdmirror.core.messages import JointTake, JointTaken
 from nbdmirror.core.node import Node
 from nbdmirror.core.ports import Path
 from nbdmirror.core.session import Phase, Session
-from nbdmirror.core.superblock import Flags, PendingKind, Superblock
+from nbdmirror.core.superblock import (
+    DataState,
+    Flags,
+    PendingKind,
+    Superblock,
+    advance_generation,
+)
 from nbdmirror.errors import PeerProtocolError, SessionLostError
 
 
@@ -39,9 +46,37 @@ def joint_step(node: Node, session: Session) -> Path:
     if taken.generation != generation:
         raise PeerProtocolError("the peer took another joint generation than it was given")
     require_live(session)
-    yield from node.change(node.joined(session, generation, keep_primary=True))
+    yield from node.change(joined(node, session, generation, keep_primary=True))
     require_live(session)
     node.in_sync(session)
+
+
+def joined(
+    node: Node, session: Session, generation: bytes, *, keep_primary: bool
+) -> Callable[[Superblock], Superblock]:
+    """The edit that takes a joint generation: up to date, nothing pending, nothing behind.
+
+    The mirror knows its peer: another identity is refused (rule 20).
+    """
+
+    def edit(sb: Superblock) -> Superblock:
+        if not session.live:
+            raise SessionLostError(session.reason)
+        kept = Flags.SPARSE | (Flags.WAS_PRIMARY if keep_primary else Flags(0))
+        return replace(
+            advance_generation(sb, generation),
+            base=(),
+            pending=NO_GENERATION,
+            pending_kind=PendingKind.NONE,
+            data_state=DataState.UPTODATE,
+            flags=sb.flags & kept,
+            forced_over=NO_GENERATION,
+            peer_uuid=session.peer.node_uuid,
+            boot_id=node.boot_id,
+            mount_id=node.mount_id,
+        )
+
+    return edit
 
 
 def wait_for_arbiter(node: Node, session: Session) -> Path:

@@ -24,14 +24,10 @@ from nbdmirror.core.ports import MetaStore, Path, Shell, Store, Waiter
 from nbdmirror.core.ranges import RangeLocks
 from nbdmirror.core.session import EMPTY, Operation, Phase, Session, Verdict
 from nbdmirror.core.superblock import (
-    DataState,
     Flags,
-    PendingKind,
-    Superblock,
-    advance_generation,
 )
 from nbdmirror.core.wire import FrameType
-from nbdmirror.errors import NotPrimaryError, RefusedError, SessionLostError, StoreError
+from nbdmirror.errors import NotPrimaryError, RefusedError, StoreError
 from nbdmirror.limits import (
     ACK_TIMEOUT_MS,
     FLUSH_BYTES,
@@ -521,34 +517,7 @@ class Node(Durable):
                 self._leg_waiters.remove(entry)
                 waiter.wake(True)
 
-    # --- the joint step's last parts -----------------------------------------------------------
-
-    def joined(
-        self, session: Session, generation: bytes, *, keep_primary: bool
-    ) -> Callable[[Superblock], Superblock]:
-        """The edit that takes a joint generation: up to date, nothing pending, nothing behind.
-
-        The mirror knows its peer: another identity is refused (rule 20).
-        """
-
-        def edit(sb: Superblock) -> Superblock:
-            if not session.live:
-                raise SessionLostError(session.reason)
-            kept = Flags.SPARSE | (Flags.WAS_PRIMARY if keep_primary else Flags(0))
-            return replace(
-                advance_generation(sb, generation),
-                base=(),
-                pending=NO_GENERATION,
-                pending_kind=PendingKind.NONE,
-                data_state=DataState.UPTODATE,
-                flags=sb.flags & kept,
-                forced_over=NO_GENERATION,
-                peer_uuid=session.peer.node_uuid,
-                boot_id=self.boot_id,
-                mount_id=self.mount_id,
-            )
-
-        return edit
+    # --- in sync -------------------------------------------------------------------------------
 
     def forget_peer_after_loss(self, session: Session) -> None:
         """The session that could have been resumed will not be: its operations stay, as dirty."""

@@ -8,6 +8,7 @@ session and waits for these paths to end before it opens the gate (rule 6).
 import errno
 
 from nbdmirror.core.checks import keyed_hash
+from nbdmirror.core.joint import joined
 from nbdmirror.core.keeping import keep_before, keep_before_zeros, wait_for_space
 from nbdmirror.core.leave import answer_leave
 from nbdmirror.core.messages import Failed, JointTake, JointTaken, LeaveAsk, Stable
@@ -203,7 +204,7 @@ def take_joint(node: Node, session: Session, generation: bytes) -> Path:
     """
     if not session.live:
         raise SessionLostError(session.reason)
-    yield from node.change(node.joined(session, generation, keep_primary=False))
+    yield from node.change(joined(node, session, generation, keep_primary=False))
     if not session.live:
         raise SessionLostError(session.reason)
     node.dirty.clear(0, node.geometry.extent_count)

@@ -101,7 +101,7 @@ RIGHTS: Final = (
         "joint-source-first", 9,
         "(c) and (d) swapped: the source takes J before the target",
         core("joint", "    session.tell(JointTake(generation=generation, last_seq=node.seq))\n",
-             "    yield from node.change(node.joined(session, generation, keep_primary=True))\n"
+             "    yield from node.change(joined(node, session, generation, keep_primary=True))\n"
              "    session.tell(JointTake(generation=generation, last_seq=node.seq))\n"),
         quick=True,
     ),
