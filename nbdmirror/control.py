@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias, TypeGuard
 
 from nbdmirror.core import giveup, ports, roles
 from nbdmirror.core.describe import describe
@@ -24,6 +24,7 @@ from nbdmirror.core.leave import Word
 from nbdmirror.core.messages import Relay
 from nbdmirror.core.node import Node, Role
 from nbdmirror.core.record import COUNTER_MAX
+from nbdmirror.core.superblock import ARBITER_IDENTITY_BYTES, ArbiterKind
 from nbdmirror.driver import Driver, Pool
 from nbdmirror.errors import NbdMirrorError, RefusedError, StaleCommandError
 from nbdmirror.events import EventLog
@@ -91,6 +92,7 @@ class ControlServer:
             "claimed": self._claimed,
             "recorded": self._recorded,
             "seen": self._seen,
+            "move-arbiter": self._move_arbiter,
             "reconnected": self._reconnected,
             "resync": self._resync,
             "drain": self._drain,
@@ -360,11 +362,27 @@ class ControlServer:
         self._drive(guard(roles.seen(self._engine.node, reachable=reachable)))
         return self._state(args)
 
+    def _move_arbiter(self, args: Arguments, guard: Guard) -> dict[str, Any]:
+        try:
+            kind = ArbiterKind.of_word(str(args.get("arbiter")))
+            identity = bytes.fromhex(str(args.get("identity")))
+        except (KeyError, ValueError):
+            raise RefusedError("move-arbiter: arbiter is its word, identity is in hex") from None
+        counter: object = args.get("counter")
+        if len(identity) != ARBITER_IDENTITY_BYTES or not is_counter(counter):
+            raise RefusedError("move-arbiter: identity has 64 hexadecimal digits, counter a number")
+        path = roles.move_arbiter(
+            self._engine.node, kind, identity, counter, meet=bool(args.get("meet", False))
+        )
+        self._drive(guard(path))
+        self._engine.hurry()
+        return self._state(args)
+
     def _note_counter(self, args: Arguments) -> None:
         counter = args.get("counter")
         if counter is None:
             return
-        if type(counter) is not int or not 0 <= counter <= COUNTER_MAX:
+        if not is_counter(counter):
             raise RefusedError(f"counter has to be a number from 0 to {COUNTER_MAX}")
         with self._engine.driver.lock:
             self._engine.node.note_counter(counter)
@@ -436,6 +454,11 @@ class ControlServer:
     def _stop(self, args: Arguments, guard: Guard) -> dict[str, Any]:
         self._engine.stop(guard)
         return self._state(args)
+
+
+def is_counter(value: object) -> TypeGuard[int]:
+    """Whether it could be a counter of an arbiter's record."""
+    return type(value) is int and 0 <= value <= COUNTER_MAX
 
 
 def at_once(function: Callable[..., Any], *arguments: Any) -> ports.Path:

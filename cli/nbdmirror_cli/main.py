@@ -13,6 +13,7 @@ import click
 
 from nbdmirror import __version__
 from nbdmirror.errors import NbdMirrorError
+from nbdmirror_cli.arbiter import arbiter_group
 from nbdmirror_cli.cluster import COMMANDS
 from nbdmirror_cli.completion import completion
 from nbdmirror_cli.config import config_group
@@ -59,7 +60,7 @@ for _command in (create, invite, join):
 nbdmirror.add_command(config_group)
 nbdmirror.add_command(metadata_group)
 nbdmirror.add_command(engine_group)
-for _command in (*COMMANDS, kept_group, doctor, completion):
+for _command in (*COMMANDS, arbiter_group, kept_group, doctor, completion):
     nbdmirror.add_command(_command)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from nbdmirror.controller.conductor import Conductor
+from nbdmirror.controller.moving import move
 from nbdmirror.controller.reload import plan_of
 from nbdmirror.controller.status import status_of
 from nbdmirror.core.cluster import policy
@@ -52,6 +53,7 @@ class Api:
             "restart": self._restart,
             "resync": self._resync,
             "switch": self._switch,
+            "arbiter-move": self._arbiter_move,
             "mount": self._mount,
             "unmount": self._unmount,
         }
@@ -324,6 +326,9 @@ class Api:
         c.switches.change(**{name: on})
         c.events.emit("switch", name=name, on=on)
         return said(f"{name} {'on' if on else 'off'}", await c.keeper.kept())
+
+    async def _arbiter_move(self, args: Arguments) -> str:
+        return await move(self._conductor, old_is_gone=bool(args.get("old_is_gone", False)))
 
     async def _mount(self, _args: Arguments) -> str:
         c = self._conductor

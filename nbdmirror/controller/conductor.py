@@ -9,6 +9,7 @@ own work go on beside it. Must never act on a state that it did not just see.
 import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 from nbdmirror.config import Config
@@ -17,6 +18,7 @@ from nbdmirror.controller.dialogs import Dialogs
 from nbdmirror.controller.engine_link import EngineLink
 from nbdmirror.controller.heart import Heart, boottime_ms
 from nbdmirror.controller.keeper import Keeper
+from nbdmirror.controller.moving import arbiter_of
 from nbdmirror.controller.observe import Observer
 from nbdmirror.controller.orders import Orders
 from nbdmirror.controller.questions import Questions
@@ -271,6 +273,7 @@ class Conductor:
         more = {
             "reason": bodies.short(self.decision.reason),
             "config": self._config_id,
+            "arbiter": self._arbiter_said(),
             "piece": self.comparison.piece() if differs else None,
             **self.dialogs.parts.fields(),
         }
@@ -278,6 +281,12 @@ class Conductor:
         if body != self._said:
             self._said = body
             self.heart.say(bodies.encode(body), now=True)
+
+    def _arbiter_said(self) -> str:
+        state = self.engine_state
+        if state is None or "arbiter_identity" not in state:
+            return ""
+        return arbiter_of(str(state["arbiter"]), str(state["arbiter_identity"]))
 
     def _say_now(self) -> None:
         self.view = self.look_at_everything()
@@ -439,6 +448,17 @@ class Conductor:
             stale, self.checkers = self.checkers, Checkers(config.checkers, self._checker_changed)
             self._closing = asyncio.create_task(stale.close())
         self.wake()
+
+    async def rearm(self, config: Config) -> None:
+        """Ask the arbiter of another configuration from now on; nothing else of it is used."""
+        mirror_id, stale = self.scribe.mirror_id, self.scribe
+        names = ("arbiter", "ping", "etcd", "s3", "azure_blob")
+        self.config = replace(self.config, **{name: getattr(config, name) for name in names})
+        self._config_id = config_id(config)
+        self.comparison = Comparison(facts_of(self.config), config.key)
+        self.scribe = Scribe(self, mirror_id)
+        self.scribe.begin()
+        await stale.close()
 
     # --- end -------------------------------------------------------------------------------------
 

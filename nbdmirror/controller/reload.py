@@ -190,6 +190,8 @@ def how(key: str) -> str:
     first = key.partition(".")[0]
     if first in ONLINE or key in ONLINE_KEYS:
         return "online"
+    if first == "arbiter":
+        return "not possible by `apply`: `nbdmirror arbiter move` on both nodes, in sync"
     if first in FIXED or key.endswith(".id"):
         return "not possible: fixed when the mirror was created"
     if first in {"engine", "export"}:

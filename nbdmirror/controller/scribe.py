@@ -9,17 +9,17 @@ the proof once a minute that this node could claim (rule 21). Must never decide 
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Final
 
 from nbdmirror.arbiters.choose import open_store
 from nbdmirror.arbiters.port import Held, RecordStore
 from nbdmirror.controller.heart import boottime_ms
 from nbdmirror.core.cluster.claiming import (
+    MOVED,
     Claimant,
     Outcome,
     Read,
-    Request,
     State,
     Steps,
     Swap,
@@ -29,7 +29,7 @@ from nbdmirror.core.cluster.claiming import (
 )
 from nbdmirror.core.cluster.view import Standing, Verdict
 from nbdmirror.core.record import NOBODY, Record
-from nbdmirror.errors import ArbiterError, NbdMirrorError, StaleCommandError
+from nbdmirror.errors import ArbiterError, NbdMirrorError, RefusedError, StaleCommandError
 
 if TYPE_CHECKING:
     from nbdmirror.controller.conductor import Conductor
@@ -46,6 +46,7 @@ class Scribe:
 
     def __init__(self, conductor: "Conductor", mirror_id: bytes) -> None:
         self._c = conductor
+        self.mirror_id = mirror_id
         config = conductor.config
         memory = config.arbiter.has_memory
         self._store: RecordStore | None = open_store(config, mirror_id) if memory else None
@@ -120,6 +121,18 @@ class Scribe:
         if self._store is not None:
             await self._decided(path)
 
+    async def close_record(self, *, in_sync: bool) -> None:
+        """Let the record say that the mirror was moved (rule 21).
+
+        Raises:
+            RefusedError: it may not. ArbiterError: no clear answer.
+        """
+        async with self._turn:
+            await self._require_store()
+            outcome = await self._drive(self._claimant.move_away(self._state(), in_sync=in_sync))
+        if not outcome.won:
+            raise RefusedError(f"arbiter move: {outcome.reason}")
+
     async def _decided(self, path: Callable[[State], Steps]) -> tuple[Verdict, str]:
         async with self._turn:
             try:
@@ -190,6 +203,8 @@ class Scribe:
                 await self._drive(self._claimant.make_good(state))
         elif now_ms - self._proven_ms >= PROVE_MS or self.trouble:
             await self._prove()
+            if self.record is not None and self.record.moved:
+                raise ArbiterError(MOVED)
         else:
             return
         self.trouble = ""
@@ -245,34 +260,16 @@ class Scribe:
 
     async def _drive(self, steps: Steps) -> Outcome:
         """Raises ArbiterError, or what the engine refuses with."""
-        answer: Any = None
-        error: NbdMirrorError | None = None
-        while True:
-            try:
-                request = steps.throw(error) if error is not None else steps.send(answer)
-            except StopIteration as ended:
-                outcome: Outcome = ended.value
-                return outcome
-            answer, error = None, None
-            try:
-                answer = await self._answer(request)
-            except NbdMirrorError as raised:
-                error = raised
-
-    async def _answer(self, request: Request) -> Any:
         assert self._store is not None
-        if isinstance(request, Read):
-            held = await self._store.read()
-            self._answered = True
-            if held is not None:
-                self._note(held.record)
-            return held
-        if isinstance(request, Swap):
-            done = await self._store.swap(request.held, request.record)
-            if done:
-                self._note(request.record)
-            return done
-        return await self._c.link.command(request.name, self._state(), **request.args)
+        return await drive(steps, self._store, self._command, self._saw)
+
+    async def _command(self, name: str, args: dict[str, Any]) -> dict[str, Any]:
+        return await self._c.link.command(name, self._state(), **args)
+
+    def _saw(self, record: Record | None) -> None:
+        self._answered = True
+        if record is not None:
+            self._note(record)
 
     def _note(self, record: Record) -> None:
         self.record, self._read_ms = record, boottime_ms()
@@ -282,6 +279,43 @@ class Scribe:
         if str(error) != self.trouble:
             self._c.tell(f"arbiter: {error}")
         self.trouble = str(error)
+
+
+Tell = Callable[[str, dict[str, Any]], Coroutine[Any, Any, dict[str, Any]]]
+
+
+async def drive(
+    steps: Steps,
+    store: RecordStore,
+    command: Tell,
+    saw: Callable[[Record | None], None] = lambda _record: None,
+) -> Outcome:
+    """Answer the requests of one path. `saw` is called with what the store holds, when it says so.
+
+    Raises:
+        ArbiterError: no clear answer of the store. NbdMirrorError: the engine refuses.
+    """
+    answer: Any = None
+    error: NbdMirrorError | None = None
+    while True:
+        try:
+            request = steps.throw(error) if error is not None else steps.send(answer)
+        except StopIteration as ended:
+            outcome: Outcome = ended.value
+            return outcome
+        answer, error = None, None
+        try:
+            if isinstance(request, Read):
+                answer = await store.read()
+                saw(answer.record if answer is not None else None)
+            elif isinstance(request, Swap):
+                answer = await store.swap(request.held, request.record)
+                if answer:
+                    saw(request.record)
+            else:
+                answer = await command(request.name, request.args)
+        except NbdMirrorError as raised:
+            error = raised
 
 
 def ago_s(now_ms: float, then_ms: float) -> float | None:

@@ -18,6 +18,7 @@ from nbdmirror.core.ports import Path
 from nbdmirror.core.promotable import promotable
 from nbdmirror.core.session import Phase, Session
 from nbdmirror.core.superblock import (
+    ArbiterKind,
     DataState,
     Flags,
     PendingKind,
@@ -357,6 +358,43 @@ def seen(node: Node, *, reachable: bool) -> Path:
         node.answer()
     if node.sb.arbiter_counter < node.arbiter_counter:
         yield from node.change(lambda sb: sb, always=True)
+
+
+def move_arbiter(
+    node: Node, kind: ArbiterKind, identity: bytes, counter: int, *, meet: bool
+) -> Path:
+    """Ask another arbiter from now on (rule 21). Whoever commands has closed the old one's record.
+
+    `meet`: the peer asks the same one already; what depends on it is agreed anew, in a new session.
+
+    Raises:
+        RefusedError: this node has a right, or a step that only the old arbiter can settle.
+    """
+    path = move_arbiter_now(node, kind, identity, counter, meet=meet)
+    return (yield from exclusively(node, "move arbiter", path))
+
+
+def move_arbiter_now(
+    node: Node, kind: ArbiterKind, identity: bytes, counter: int, *, meet: bool
+) -> Path:
+    """The body of move_arbiter."""
+
+    def edit(sb: Superblock) -> Superblock:
+        if sb.flags & Flags.ALONE or sb.pending_kind is not PendingKind.NONE:
+            raise RefusedError(
+                "move arbiter: this node has a right, or a step is pending, under the old one"
+            )
+        return replace(sb, arbiter=kind, arbiter_identity=identity, arbiter_counter=counter)
+
+    before, node.arbiter_counter = node.arbiter_counter, counter
+    try:
+        yield from node.change(edit)
+    except NbdMirrorError:
+        node.arbiter_counter = before
+        raise
+    node.shell.emit("arbiter", arbiter=kind.word)
+    if meet and node.session is not None:
+        node.lose_session(node.session, "the arbiter has changed: meeting anew", ask=False)
 
 
 def accept_peer(node: Node) -> Path:

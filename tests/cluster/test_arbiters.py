@@ -3,6 +3,7 @@
 In the partitions each node is on a host of its own, and so is the etcd.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -371,3 +372,59 @@ def test_another_store_is_never_asked(etcd: Etcd) -> None:
         status = c.beta.wait(lambda s: s["row"] == "takeover, unknown", "it waits")
         assert "is not the store" in status["reason"]
         assert status["role"] == "WAIT"
+
+
+def test_a_running_mirror_moves_to_another_store(etcd: Etcd) -> None:
+    """Breaks in the field: the old etcd is to be switched off, and the mirror has to be stopped for
+    it; or after the move one node still asks the old one.
+    """
+    with Etcd(token="new") as new, Cluster(arbiter="etcd", more=section(etcd)) as c:
+        c.start()
+        load = begin(c.alpha)
+        for node in c.both:
+            node.config_path.write_text(c.config_text(node.name, section(new)))
+        assert "type it on alpha, too" in c.beta.order("arbiter-move")["done"]
+        c.alpha.wait(lambda s: "arbiter move" in s["arbiter"]["trouble"], "it is told", 90)
+        assert c.alpha.order("arbiter-move")["done"] == "both nodes ask etcd now"
+        for node in c.both:
+            node.wait(lambda s: s["arbiter"]["where"].startswith(f"etcd at {new.url}"), "moved")
+            node.wait(lambda s: s["arbiter"]["proven_s"] is not None, "it could claim there")
+        assert c.alpha.order("arbiter-move")["done"] == "this node asks etcd already"
+        c.in_sync(c.alpha)
+        load.wait(50)
+        load.stop()
+        assert not load.error
+        # Nobody claims from the old one, and the new one decides.
+        c.alpha.lose()
+        status = c.beta.is_now("ALONE")
+        assert status["arbiter"]["record"]["owner"] == "beta"
+        assert status["arbiter"]["where"].startswith(f"etcd at {new.url}")
+        load.assert_kept(c.beta.data)
+
+
+def test_a_mirror_gets_an_arbiter_while_it_runs(etcd: Etcd) -> None:
+    """Breaks in the field: who began with `none` has to make the mirror anew to have (c)."""
+    with Cluster(arbiter="none") as c:
+        c.start()
+        c.arbiter = "etcd"
+        for node in c.both:
+            node.config_path.write_text(c.config_text(node.name, section(etcd)))
+        for node in c.both:
+            node.order("arbiter-move")
+        c.in_sync(c.alpha)
+        assert "(c) two nodes never" in c.alpha.status()["promise"][-1]
+        c.beta.lose()
+        status = c.alpha.is_now("ALONE")
+        assert status["arbiter"]["record"]["owner"] == "alpha"
+        assert status["engine"]["reads"] != "stale-possible"
+        with refused("not in sync"):
+            c.alpha.config_path.write_text(c.config_text("alpha", section(etcd)).replace(
+                'arbiter = "etcd"', 'arbiter = "none"'))  # fmt: skip
+            c.alpha.order("arbiter-move")
+
+
+@contextlib.contextmanager
+def refused(words: str) -> Iterator[None]:
+    """An order that is refused in a text with these words."""
+    with pytest.raises(RefusedError, match=words):
+        yield

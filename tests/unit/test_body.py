@@ -42,7 +42,7 @@ BODIES: Final = st.builds(
     wanted=st.booleans(), engine=st.booleans(), primary=st.booleans(), promotable=st.booleans(),
     was_primary=st.booleans(), held_back=st.booleans(), candidate=NODES, facts_id=BRIEF,
     facts_seen=BRIEF, swap_to=NODES, deposed=st.booleans(), stop_both=st.booleans(),
-    service=SERVICES, data_state=STATES, config=IDS,
+    service=SERVICES, data_state=STATES, config=IDS, arbiter=BRIEF,
     alone=st.booleans(),
     piece=st.none() | st.integers(1, PIECES_MAX).flatmap(lambda count: st.builds(
         Piece, index=st.integers(0, count - 1), count=st.just(count),
@@ -63,6 +63,7 @@ def longest(text: str) -> Body:
         engine=True, primary=True, promotable=True, was_primary=True, held_back=True,
         candidate=255, facts_id=brief, facts_seen=brief, swap_to=255, deposed=True,
         stop_both=True, service="entering", data_state="inconsistent", config=number,
+        arbiter=brief,
         piece=Piece(index=PIECES_MAX - 1, count=PIECES_MAX, text=text[:1] * PIECE_CHARS),
         ask=Ask(id=number, generation=number), please=number, refused=number, done=number,
         answer=Answer(id=number, stay=True, session=number, reason=text),

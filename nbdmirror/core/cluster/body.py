@@ -106,6 +106,7 @@ class Body(_Part):
     service: _Short = "down"
     data_state: _Short = ""
     config: _Id = ""
+    arbiter: _Brief = ""
     piece: Piece | None = None
     ask: Ask | None = None
     answer: Answer | None = None

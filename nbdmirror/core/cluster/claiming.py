@@ -10,6 +10,7 @@ the record say then, and comes to the same end.
     settle          end a claim that is not to be pursued any more
     record_joint    part (b) of the joint step: the record names nobody
     refresh         nothing that an earlier life sent can still change the record
+    move_away, move_in   the mirror gets another arbiter: the old record, the new one
     make_good       the right was given by the peer's word or by force; the record says so, too
 
 **What may still arrive.** A swap without a clear answer may be applied long after it was given up:
@@ -23,7 +24,7 @@ Must never repeat a swap, or take a time-out for a no.
 """
 
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias
 
 from nbdmirror.core.record import NOBODY, Held, Record
@@ -153,6 +154,42 @@ class Claimant:
         yield from claimed(wanted, record, won=True)
         return Outcome(True, "the record names this node")
 
+    def move_away(self, state: State, *, in_sync: bool) -> Steps:
+        """Let nobody claim from this record any more: the mirror has another one from now on.
+
+        Raises:
+            ArbiterError: no clear answer; begin again.
+        """
+        held = yield Read()
+        if held is not None and held.record.moved:
+            return Outcome(True, "it says so already")
+        if not in_sync:
+            return Outcome(False, "the nodes are not in sync, and the record still counts")
+        record = held.record if held is not None else None
+        generation = bytes.fromhex(str(state["generation"]))
+        if record is not None and (record.owner, record.generation) != (NOBODY, generation):
+            return Outcome(False, f"the record names {told(record)}; both have to share it first")
+        closed = replace(self._after(record, state, generation, NOBODY), moved=True)
+        done = yield from self._swap(held, closed)
+        return Outcome(done, "the record is closed" if done else "the record changed meanwhile")
+
+    def move_in(self, state: State) -> Steps:
+        """Make the record in a store that the mirror moves to; it has no owner.
+
+        Raises:
+            ArbiterError: no clear answer; begin again.
+        """
+        held = yield Read()
+        generation = bytes.fromhex(str(state["generation"]))
+        record = held.record if held is not None else None
+        if record is not None and not record.moved:
+            known = is_known(record, state)
+            return Outcome(known, "it is there" if known else f"it is in use: {told(record)}")
+        counter = record.counter + 1 if record is not None else 1
+        made = Record(self._mirror_id, counter, generation, NOBODY)
+        done = yield from self._swap(held, made)
+        return Outcome(done, "it is made" if done else "somebody else made it; type it again")
+
     def refresh(self, state: State) -> Steps:
         """Make sure that no earlier life of this controller can still change the record.
 
@@ -243,8 +280,8 @@ class Claimant:
 
 
 MOVED: Final = (
-    "the record says that the mirror was moved to another arbiter; this node's configuration or "
-    "metadata still names this one"
+    "the record says that the mirror was moved to another arbiter, and this node still asks this "
+    "one: put the new one into the configuration file and type `nbdmirror arbiter move` here"
 )
 
 
