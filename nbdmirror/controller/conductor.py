@@ -240,7 +240,9 @@ class Conductor:
         self.questions.settle(v, boottime_ms())
         if engine is not None:
             self.died_serving = False
-            replaced = engine.synced and engine.peer_primary
+            # Filled from the other one: that served later, whichever of them comes to serve now.
+            filled = not engine.primary and not engine.was_primary
+            replaced = engine.synced and (engine.peer_primary or filled)
             if replaced and self.switches.now.served and not v.settings.preferred_last:
                 self.switches.change(served=False)
         self.orders.settle(v)

@@ -27,7 +27,7 @@ from nbdmirror.core.superblock import (
     Flags,
 )
 from nbdmirror.core.wire import FrameType
-from nbdmirror.errors import NotPrimaryError, RefusedError, StoreError
+from nbdmirror.errors import NotPrimaryError, RefusedError, StaleCommandError, StoreError
 from nbdmirror.limits import (
     ACK_TIMEOUT_MS,
     FLUSH_BYTES,
@@ -406,10 +406,12 @@ class Node(Durable):
         """Reserve the right to change role or standing.
 
         Raises:
-            RefusedError: another change is under way; it is not queued.
+            StaleCommandError: another change is under way; it is not queued.
         """
         if self.changing:
-            raise RefusedError(f"{name}: {self.changing} is under way; wait for it and try again")
+            raise StaleCommandError(
+                f"{name}: {self.changing} is under way; wait for it and try again"
+            )
         self.changing = name
 
     def end_change(self) -> None:

@@ -20,7 +20,8 @@ from nbdmirror.errors import RefusedError
 from tests.support.cluster import Cluster, ClusterNode
 from tests.support.load import Load
 from tests.support.network import ROUTER, WIRES, Switched
-from tests.support.stores import Etcd
+from tests.support.record_stores import KINDS, credentials, secret_file
+from tests.support.stores import ACCOUNT, ACCOUNT_KEY, BUCKET, CONTAINER, Etcd, Server
 
 pytestmark = [pytest.mark.nbdkit, pytest.mark.slow, pytest.mark.net]
 
@@ -62,11 +63,30 @@ def read(node: ClusterNode, offset: int = 0) -> bytes:
     return data[:1]
 
 
-def test_a_lost_host_is_taken_over_and_does_not_come_back_as_it_was(etcd: Etcd) -> None:
+def table_of(kind: str, server: Server, directory: Path) -> str:
+    """The table of a store in the configuration."""
+    if kind == "etcd":
+        return f'[etcd]\nendpoints = ["{server.url}"]\n'
+    if kind == "s3":
+        secret = secret_file(directory, credentials())
+        place = f'endpoint = "{server.url}"\nbucket = "{BUCKET}"'
+        return f'[s3]\n{place}\ncredentials_file = "{secret}"\n'
+    secret = secret_file(directory, f"{ACCOUNT_KEY}\n")
+    place = f'account_url = "{server.url}/{ACCOUNT}"\ncontainer = "{CONTAINER}"'
+    return f'[azure-blob]\n{place}\nkey_file = "{secret}"\n'
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_lost_host_is_taken_over_and_does_not_come_back_as_it_was(
+    kind: str, tmp_path: Path
+) -> None:
     """Breaks in the field: the survivor waits although the arbiter would let it go on; or the one
     that was lost serves again with what it had.
     """
-    with Cluster(arbiter="etcd", more=section(etcd)) as c:
+    with (
+        KINDS[kind].serve() as server,
+        Cluster(arbiter=kind, more=table_of(kind, server, tmp_path)) as c,
+    ):
         c.start()
         write(c.alpha, b"a")
         c.alpha.lose()

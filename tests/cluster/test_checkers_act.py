@@ -109,7 +109,7 @@ def test_swap_by_what_clients_see() -> None:
     more = (
         application("answer", host, str(PORT))
         + checker("web", f'kind = "http"\nurl = "http://{host}:{PORT}/"\naction = "swap"')
-        + checker("port", f'kind = "tcp"\naddress = "{host}:{PORT}"\naction = "restart"')
+        + checker("port", f'kind = "tcp"\naddress = "{host}:{PORT}"\naction = "tell"')
     )
     with Cluster(more=more) as c:
         app = App(c)

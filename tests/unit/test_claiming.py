@@ -10,7 +10,7 @@ import pytest
 
 from nbdmirror.core.cluster.claiming import Claimant, Command, Outcome, Read, Request, Steps, Swap
 from nbdmirror.core.record import NOBODY, Held, Record
-from nbdmirror.errors import ArbiterError, NbdMirrorError, RefusedError
+from nbdmirror.errors import ArbiterError, NbdMirrorError, RefusedError, StaleCommandError
 
 MIRROR: Final = bytes(range(16))
 ME: Final = 1
@@ -199,9 +199,24 @@ def test_a_store_that_was_set_back_is_not_believed() -> None:
 def test_the_engine_may_be_busy() -> None:
     """Breaks in the field: a claim that came a moment too early makes a primary step back."""
     with pytest.raises(RefusedError):
-        Store(record(), None, RefusedError("another change is under way")).run(
-            fresh().claim(state())
-        )
+        Store(record(), None, RefusedError("the peer is connected")).run(fresh().claim(state()))
+    unsettled = state(claim_unsettled=True, pending=MINE.hex())
+    store = Store(record(), None, StaleCommandError("another change is under way"))
+    with pytest.raises(StaleCommandError):
+        store.run(fresh().claim(unsettled))
+    assert store.told() == [("claim", None)]
+
+
+def test_a_claim_that_can_not_be_pursued_is_settled() -> None:
+    """Breaks in the field: the disk fails while a claim is on its way; the node refuses its peer
+    for ever, because the claim is not settled.
+    """
+    store = Store(record(), None, RefusedError("its disk failed a flush"))
+    unsettled = state(claim_unsettled=True, pending=MINE.hex())
+    outcome = store.run(fresh().claim(unsettled))
+    assert not outcome.won
+    assert "disk" in outcome.reason
+    assert store.told()[-1] == ("claimed", False)
 
 
 def test_a_claim_is_given_up_only_when_it_can_not_be_done_any_more() -> None:

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias
 
 from nbdmirror.core.record import NOBODY, Held, Record
-from nbdmirror.errors import ArbiterError, RefusedError
+from nbdmirror.errors import ArbiterError, RefusedError, StaleCommandError
 
 State: TypeAlias = Mapping[str, Any]
 EARLIER_LIFE: Final = "?"
@@ -93,13 +93,17 @@ class Claimant:
         held = yield from self._fence(held)
         try:
             prepared = yield Command("claim", noted(held, generation=held.record.generation.hex()))
-        except RefusedError:
-            if self._may_claim(held.record, [*state["record_holds"], str(state["pending"])]):
-                raise  # it is not the record that stands in the way; a moment later it may be done
-            lost = f"the record names {told(held.record)}"
-            if not state.get("claim_unsettled"):
-                return Outcome(False, lost)
-            return (yield from self._end(held, state, lost))
+        except StaleCommandError:
+            raise  # a moment later it may be done
+        except RefusedError as refusal:
+            allowed = self._may_claim(held.record, [*state["record_holds"], str(state["pending"])])
+            why = str(refusal) if allowed else f"the record names {told(held.record)}"
+            if state.get("claim_unsettled"):
+                # Nothing else would: until it is settled this node meets nobody.
+                return (yield from self._end(held, state, why))
+            if allowed:
+                raise
+            return Outcome(False, why)
         wanted = bytes.fromhex(prepared["generation"])
         return (yield from self._take(held, wanted, prepared["record_holds"]))
 

@@ -63,7 +63,7 @@ ARBITER: Final = (
         arbiters=MEMORY,
     ),
     Mutant(
-        "joint-without-record", 9,
+        "joint-told-and-not-recorded", 9,
         "(b) is told and not done: the record still names the source, which may claim again",
         core("cluster/claiming",
              "            record = self._after(record, state, joint, NOBODY)\n"
