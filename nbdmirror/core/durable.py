@@ -207,18 +207,19 @@ class Durable:
         first, last = offset // size, (end - 1) // size
         return (first == last and first in self.log.hot) or self.log.room_for(first, last)
 
-    def evict_below(self, limit: int) -> Path:
-        """Take some regions whose last write is not above `limit` out of the hot set.
+    def evict_below(self, highest: Callable[[], int]) -> Path:
+        """Take some regions whose last write is not above `highest()` out of the hot set.
 
         A region goes when both nodes have flushed it, or when its dirty extents are in the map on
         disk (rule 2). Returns how many went: 0 if every region still waits for a flush.
         """
-        regions = self.log.evictable(limit, never_busy, EVICT_REGIONS_COUNT)
+        regions = self.log.evictable(highest(), never_busy, EVICT_REGIONS_COUNT)
         if not regions:
             return 0
         yield from self.save_pages(
             sorted({page for r in regions for page in self.dirty.unsaved_pages_of_region(r)})
         )
+        limit = highest()
         gone = [
             r
             for r in regions

@@ -217,9 +217,12 @@ class Node(Durable):
 
         `limit` holds back more; a number of an earlier session can never let more go.
         """
-        if self.unflushed or self.frozen:
-            limit = min(limit, self.stable_seq)
-        return (yield from self.evict_below(limit))
+
+        def highest() -> int:
+            """Asked again when the pages are saved: a write may have gone to the peer meanwhile."""
+            return min(limit, self.stable_seq) if self.unflushed or self.frozen else limit
+
+        return (yield from self.evict_below(highest))
 
     def sync(self) -> Path:
         """Make the local data durable, for a decision that relies on it.

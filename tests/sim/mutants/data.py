@@ -62,6 +62,7 @@ DATA: Final = (
              "        yield from self.save_pages(\n"
              "            sorted({page for r in regions for page in"
              " self.dirty.unsaved_pages_of_region(r)})\n        )\n"
+             "        limit = highest()\n"
              "        gone = [\n            r\n            for r in regions\n"
              "            if self.log.is_evictable(r, limit) and not"
              " self.dirty.unsaved_pages_of_region(r)\n        ]\n",
@@ -71,8 +72,10 @@ DATA: Final = (
     Mutant(
         "evict-unstable", 2,
         "a region leaves the log before both nodes have flushed it",
-        core("node", "            limit = min(limit, self.stable_seq)\n",
-             "            limit = self.seq\n"),
+        core("node",
+             "            return min(limit, self.stable_seq) if self.unflushed or self.frozen"
+             " else limit\n",
+             "            return self.seq if self.unflushed or self.frozen else limit\n"),
         sequences=("unflushed_region_stays_hot",), quick=True,
     ),
     Mutant(

@@ -1,0 +1,1 @@
+"""PostgreSQL on the mirror, through repeated failovers."""
