@@ -7,10 +7,9 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,13 +18,13 @@ from nbdmirror import admin
 from nbdmirror.errors import RefusedError
 from tests.support.cluster import Cluster, ClusterNode
 from tests.support.load import Load
-from tests.support.network import ROUTER, WIRES, Switched
+from tests.support.network import Switched
 from tests.support.record_stores import KINDS, credentials, secret_file
 from tests.support.stores import ACCOUNT, ACCOUNT_KEY, BUCKET, CONTAINER, Etcd, Server
+from tests.support.third_host import Parted, ThirdHost, section
 
 pytestmark = [pytest.mark.nbdkit, pytest.mark.slow, pytest.mark.net]
 
-ETCD_HOST = WIRES["cable"][ROUTER]
 # The application is a file that is there while it runs.
 APPLICATION = """
 [application]
@@ -39,11 +38,6 @@ def etcd() -> Iterator[Etcd]:
     """One etcd for the mirrors of this module; each has a key of its own."""
     with Etcd() as server:
         yield server
-
-
-def section(etcd: Etcd) -> str:
-    """`[etcd]`"""
-    return f'[etcd]\nendpoints = ["{etcd.url}"]\n'
 
 
 def write(node: ClusterNode, byte: bytes, offset: int = 0) -> None:
@@ -127,46 +121,6 @@ def test_without_its_arbiter_a_pair_serves_and_a_lone_node_waits(etcd: Etcd) -> 
             assert etcd.url in status["reason"]
         c.beta.is_now("ALONE")
         assert read(c.beta) == b"c"
-
-
-class ThirdHost(Etcd):
-    """An etcd on the router."""
-
-    def __init__(self, network: Switched) -> None:
-        self.network = network
-        super().__init__()
-
-    @property
-    def url(self) -> str:
-        """Where the nodes find it."""
-        return f"http://{ETCD_HOST}:{self.port}"
-
-    def command(self) -> Sequence[str]:
-        """See Server."""
-        return [*self.network.enter(ROUTER), *super().command()]
-
-    def is_listening(self) -> bool:
-        """See Server."""
-        with self.network.inside(ROUTER) as host:
-            return host.submit(self._takes_connections).result()
-
-    def _takes_connections(self) -> bool:
-        try:
-            socket.create_connection((ETCD_HOST, self.port), 1).close()
-        except OSError:
-            return False
-        return self.is_healthy()
-
-
-class Parted(Cluster):
-    """Its files are made on a host from which the etcd is reached."""
-
-    def create(self, *, sparse: bool = False) -> "Parted":
-        """See Cluster."""
-        assert self.network is not None
-        with self.network.inside("alpha") as host:
-            host.submit(lambda: super(Parted, self).create(sparse=sparse)).result()
-        return self
 
 
 @pytest.fixture
