@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from nbdmirror.controller.conductor import Conductor
 
 CLEAN_AGAIN_S: Final = 10.0
-# A primary sees the loss of its channel when its secondary does, 2 s after the last word, and asks at
-# once: until half a second after that a secondary leaves the arbiter to it.
+# A primary sees the loss of its channel when its secondary does, 2 s after the last word, and asks
+# at once: until half a second after that a secondary leaves the arbiter to it.
 FIRST_MS: Final = 1000
 FACTS_ID_BYTES: Final = 8
 
