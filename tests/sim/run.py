@@ -148,6 +148,8 @@ class Simulation:
         else:
             checker.fail(f"E1: not in sync {CALM_MS} ms after the last fault: {self.describe()}")
         world.run(world.now_ms + 2_500)
+        # The last flush of the background may be under way at this moment.
+        world.run(world.now_ms + 2_000, self.is_idle)
         checker.check_cover()
         if not checker.both_synced() or not self.is_idle():
             checker.fail(f"E1: did not stay in sync: {self.describe()}")
