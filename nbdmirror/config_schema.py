@@ -223,6 +223,13 @@ class EngineSection(Section):
         "with an arbiter that has a memory: by a lease, or (where a hypervisor may stop this "
         "machine's clock) each after an echo of its own",
     )
+    integrity: Literal["crc", "mac"] = key_field(
+        "crc",
+        "word",
+        '"crc" or "mac"',
+        "what every frame between the nodes carries: a check, or a keyed code besides, which an "
+        "attacker on the connection cannot make; if one node says mac, both use it",
+    )
     on_freeze: Literal["ask", "alone"] = key_field(
         "ask",
         "word",

@@ -53,7 +53,7 @@ from nbdmirror.kept import FileKept, path_beside
 from nbdmirror.limits import REASON_BYTES_MAX
 from nbdmirror.link import TcpLink
 from nbdmirror.metastore import FileMetaStore
-from nbdmirror.peering import Peering
+from nbdmirror.peering import Credentials, Peering
 from nbdmirror.receiver import Receiver
 from nbdmirror.store import FileStore
 from nbdmirror.witness import boot_id_override, read_boot_identity
@@ -212,8 +212,7 @@ class Engine:
             instance=self.instance,
         )
         self.peering = Peering(
-            identity,
-            self.config.key,
+            Credentials(identity, self.config.key, self.config.engine.integrity == "mac"),
             (me.address.host, me.address.port),
             (peer.address.host, peer.address.port, peer.id),
             self._contact,

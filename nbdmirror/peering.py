@@ -11,11 +11,12 @@ import errno
 import os
 import socket
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
 
 from nbdmirror.core.channel import Channel
-from nbdmirror.core.handshake import Handshake, Identity
+from nbdmirror.core.handshake import Handshake, Identity, offers
 from nbdmirror.errors import PeerProtocolError, PeerRefusedError
 from nbdmirror.limits import HANDSHAKE_TIMEOUT_MS, RECONNECT_MS_MAX, RECONNECT_MS_MIN
 from nbdmirror.link import abort, enlarge, tune
@@ -40,6 +41,27 @@ LISTEN_BACKLOG = 32
 Places: TypeAlias = dict["asyncio.Task[None]", bool]
 
 
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """Who this node is to its peer, what it proves that with, and whether every frame is keyed."""
+
+    identity: Identity
+    key: bytes = field(repr=False)
+    asks_macs: bool
+
+    def handshake(self, *, dialer: bool) -> Handshake:
+        """A fresh one, of this node."""
+        features, required = offers(macs=self.asks_macs)
+        return Handshake(
+            dialer,
+            self.key,
+            self.identity,
+            os.urandom(NONCE_BYTES),
+            features=features,
+            required=required,
+        )
+
+
 class Peering:
     """Dials or listens for ever, and hands each authenticated connection to `contact`.
 
@@ -48,15 +70,13 @@ class Peering:
 
     def __init__(
         self,
-        identity: Identity,
-        key: bytes,
+        credentials: Credentials,
         mine: tuple[str, int],
         peer: tuple[str, int, int],
         contact: Callable[[socket.socket, Channel], Awaitable[None]],
         note: Callable[[str], None],
     ) -> None:
-        self._identity = identity
-        self._key = key
+        self._credentials = credentials
         self._mine = mine
         self._peer = peer
         self._contact = contact
@@ -68,7 +88,7 @@ class Peering:
     @property
     def dials(self) -> bool:
         """Whether this node is the one that dials."""
-        return self._identity.node_id < self._peer[2]
+        return self._credentials.identity.node_id < self._peer[2]
 
     def hurry(self) -> None:
         """Try to connect now instead of after the pause."""
@@ -218,7 +238,7 @@ class Peering:
             PeerProtocolError: refused, by either side; the refusal was sent.
         """
         loop = asyncio.get_running_loop()
-        channel = Channel(Handshake(dialer, self._key, self._identity, os.urandom(NONCE_BYTES)))
+        channel = Channel(self._credentials.handshake(dialer=dialer))
         try:
             await loop.sock_sendall(connection, channel.start())
             while channel.established is None:

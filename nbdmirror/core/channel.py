@@ -1,19 +1,24 @@
 """One connection to the peer, as bytes: first the handshake, then frames.
 
-Owns the order of the two, and what is bound to the session when frames are made: number, seed, MAC
-key, control sequence. Pure: whoever owns the socket moves the bytes. Must never read a frame before
-the handshake is done, or a data frame before `open_data`.
+Owns the order of the two, and the choice, once for each session, of how its frames are made and
+checked. Pure: whoever owns the socket moves the bytes. Must never read a frame before the handshake
+is done, or a data frame before `open_data`.
 
 Use: send `start()`; then for ever: read into `buffer_for_read()`, tell `received(count)`, send
 `take_outgoing()`, take `frames()`. After an error send `refusal` (it may be empty) and close.
 """
 
-from nbdmirror.core.checks import crc32c
+from collections.abc import Callable
+from typing import TypeAlias
+
 from nbdmirror.core.handshake import Established, Handshake
-from nbdmirror.core.messages import Message, encode
+from nbdmirror.core.messages import Message
 from nbdmirror.core.ports import ReadBuffer
-from nbdmirror.core.wire import Frame, FrameReader, FrameType, encode_control, encode_header
+from nbdmirror.core.sealed import FrameSender, SealedReader, SealedSender
+from nbdmirror.core.wire import Frame, FrameReader, FrameType
 from nbdmirror.limits import HANDSHAKE_BYTES_MAX
+
+Encoder: TypeAlias = Callable[[FrameType, int, int, int, int, ReadBuffer], bytes]
 
 
 class Channel:
@@ -24,10 +29,10 @@ class Channel:
         self._reader: FrameReader | None = None
         self._hello_buffer = bytearray(HANDSHAKE_BYTES_MAX)
         self._outgoing = b""
-        self._session = 0
-        self._seed = 0
-        self._mac_key = b""
-        self._control_seq = 1
+        self._sender: FrameSender | None = None
+        # What stands before the payload of a frame (type, flags, seq, offset, aux, payload) that is
+        # no CONTROL frame. A value, so that no write asks which integrity its session has.
+        self.encode: Encoder = _no_session
 
     @property
     def established(self) -> Established | None:
@@ -72,12 +77,15 @@ class Channel:
             self._begin(self._handshake.done)
 
     def _begin(self, established: Established) -> None:
-        self._session = established.session
-        self._seed = established.send_seed
-        self._mac_key = established.send_mac_key
-        reader = FrameReader(
-            established.session, established.receive_seed, None, established.receive_mac_key
-        )
+        if established.frame_macs:
+            self._sender = SealedSender(established)
+            reader: FrameReader = SealedReader(established)
+        else:
+            self._sender = FrameSender(established)
+            reader = FrameReader(
+                established.session, established.receive_seed, None, established.receive_mac_key
+            )
+        self.encode = self._sender.encode
         leftover = established.leftover
         reader.buffer_for_read()[: len(leftover)] = leftover
         reader.received(len(leftover))
@@ -119,20 +127,10 @@ class Channel:
     # --- sending ----------------------------------------------------------------------------
 
     def control_frame(self, message: Message) -> bytes:
-        """A whole CONTROL frame. Frames must leave in the order in which they were made here."""
-        assert self._session, "no session yet"
-        seq = self._control_seq
-        self._control_seq = seq + 1
-        return encode_control(encode(message), self._session, seq, self._seed, self._mac_key)
+        """A whole CONTROL frame. Frames leave in the order in which they were made here."""
+        assert self._sender is not None, "no session yet"
+        return self._sender.control(message)
 
-    def encode(
-        self, kind: FrameType, flags: int, seq: int, offset: int, aux: int, payload: ReadBuffer
-    ) -> bytes:
-        """The header of any other frame, for this session; `payload` follows it on the wire."""
-        assert self._session, "no session yet"
-        seed = self._seed
-        length = len(payload)
-        payload_crc = crc32c(payload, seed) if length else 0
-        return encode_header(
-            kind, flags, length, self._session, seq, offset, aux, payload_crc, seed
-        )
+
+def _no_session(*_fields: object) -> bytes:
+    raise AssertionError("no session yet")

@@ -18,7 +18,7 @@ unproven when the listener answers it: nothing but the answer depends on it befo
 import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 from typing import Any, Final, NoReturn
 
 from blake3 import blake3
@@ -70,6 +70,33 @@ class RefusalCode(IntEnum):
     BUSY = 7
 
 
+class Feature(IntFlag):
+    """Bits of what an end offers. Both proofs cover both offers."""
+
+    FRAME_MACS = 1
+    """Can put a keyed code on every frame."""
+    ASKS_FRAME_MACS = 2
+    """Its configuration wants that: it is done if one end asks and both can."""
+
+
+_SEALED: Final = Feature.FRAME_MACS | Feature.ASKS_FRAME_MACS
+
+
+def offers(*, macs: bool) -> tuple[int, int]:
+    """What an end offers and what it requires. Every one can do MACs; one that asks for them goes
+    on with nothing less.
+    """
+    return (int(_SEALED), int(Feature.FRAME_MACS)) if macs else (int(Feature.FRAME_MACS), 0)
+
+
+def agreed(mine: int, theirs: int) -> int:
+    """What a session uses: what both offer. Of two wishes for integrity the stronger one counts."""
+    features = mine & theirs
+    if features & Feature.FRAME_MACS:
+        features |= (mine | theirs) & Feature.ASKS_FRAME_MACS
+    return features
+
+
 _IDENTITY = (
     "mirror_id" / Bytes(ID_BYTES),
     "node_id" / Int8ub,
@@ -100,6 +127,8 @@ _KEYS = Struct(
     "dialer_mac_key" / Bytes(32),
     "listener_mac_key" / Bytes(32),
     "hash_key" / Bytes(32),
+    "dialer_frame_key" / Bytes(32),
+    "listener_frame_key" / Bytes(32),
 )
 
 # Body bytes of each type, smallest and largest.
@@ -124,8 +153,9 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Established:
-    """What both ends agreed on. `session` is a fresh number, never 0. Seeds and MAC keys are
-    per direction; `hash_key`, for comparing blocks, is the same at both ends.
+    """What both ends agreed on. `session` is a fresh number, never 0. Seeds, MAC keys (of CONTROL
+    frames) and frame keys (of every frame) are per direction; `hash_key`, for comparing blocks, is
+    the same at both ends.
 
     `leftover` holds the bytes received behind the handshake: the first of the frames.
     """
@@ -139,7 +169,14 @@ class Established:
     send_mac_key: bytes
     receive_mac_key: bytes
     hash_key: bytes
+    send_frame_key: bytes
+    receive_frame_key: bytes
     leftover: bytes
+
+    @property
+    def frame_macs(self) -> bool:
+        """Whether every frame of this session carries a keyed code."""
+        return self.features & _SEALED == _SEALED
 
     def __repr__(self) -> str:
         """Without keys: this ends up in logs and tracebacks."""
@@ -155,7 +192,7 @@ class Handshake:
         me: this node.
         nonce: 32 unpredictable bytes, used for this handshake only.
         versions: lowest and highest protocol version this end speaks.
-        features: bits of what this end offers; both ends use what both offer.
+        features: bits of what this end offers; see `agreed`.
         required: bits without which this end does not want a session.
 
     Raises:
@@ -370,12 +407,12 @@ class Handshake:
                 f"peer claims node id {peer.node_id} with uuid {peer.node_uuid.hex()}: "
                 "its metadata was not created for it",
             )
-        features = fields["features"] & self._features
-        if self._required & ~features:
-            self._refuse(
-                RefusalCode.FEATURES,
-                f"peer lacks features {self._required & ~features:#x}, which this node requires",
-            )
+        features = agreed(self._features, fields["features"])
+        if missing := self._required & ~features:
+            why = "which this node requires"
+            if missing & Feature.FRAME_MACS:
+                why = 'which engine.integrity = "mac" requires: update the program of the peer'
+            self._refuse(RefusalCode.FEATURES, f"peer lacks features {missing:#x}, {why}")
         self._peer = peer
         self._agreed = version, features
 
@@ -400,6 +437,7 @@ class Handshake:
         listener_seed = dialer_seed ^ (int.from_bytes(keys["seed_distance"], "big") | 1)
         seeds = (dialer_seed, listener_seed)
         mac_keys = (keys["dialer_mac_key"], keys["listener_mac_key"])
+        frame_keys = (keys["dialer_frame_key"], keys["listener_frame_key"])
         mine, theirs = (0, 1) if self._dialer else (1, 0)
         self.done = Established(
             peer=self._peer,
@@ -411,6 +449,8 @@ class Handshake:
             send_mac_key=mac_keys[mine],
             receive_mac_key=mac_keys[theirs],
             hash_key=keys["hash_key"],
+            send_frame_key=frame_keys[mine],
+            receive_frame_key=frame_keys[theirs],
             leftover=self._received,
         )
         self._received = b""

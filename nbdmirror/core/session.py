@@ -108,6 +108,7 @@ class Session:
         self.number = established.session
         self.hash_key = established.hash_key
         self.peer = established.peer
+        self.integrity = "mac" if established.frame_macs else "crc"
         self.phase = Phase.NEGOTIATING
         self.live = True
         self.sending = False
@@ -302,6 +303,7 @@ class Session:
         return {
             "number": f"{self.number:016x}",
             "phase": self.phase.value,
+            "integrity": self.integrity,
             "peer_instance": self.peer.instance.hex(),
             "peer_primary": self.peer_primary,
             "peer_attended": self.peer_attended,

@@ -36,7 +36,9 @@ MAC_BYTES: Final = 16
 HASH_REPLY_BYTES_MAX: Final = FRAME_SPAN_BYTES_MAX // HASH_BLOCK_BYTES // 8
 READ_BYTES_MIN: Final = 64 * KIB
 BUFFER_BYTES_MIN: Final = 256 * KIB
-BUFFER_BYTES_MAX: Final = 2 * (HEADER_BYTES + FRAME_PAYLOAD_BYTES_MAX) + 3 * READ_BYTES_MIN
+BUFFER_BYTES_MAX: Final = (
+    2 * (HEADER_BYTES + MAC_BYTES + FRAME_PAYLOAD_BYTES_MAX) + 3 * READ_BYTES_MIN
+)
 SPARE_BUFFERS_MAX: Final = 3
 
 assert FRAME_SPAN_BYTES_MAX // HASH_BLOCK_BYTES * HASH_BYTES <= FRAME_PAYLOAD_BYTES_MAX
@@ -241,6 +243,8 @@ class FrameReader:
     answered, so the peer takes none of them for done.
     """
 
+    _before_payload_bytes = HEADER_BYTES
+
     def __init__(
         self, session: int, seed: int, device_bytes: int | None, control_key: bytes
     ) -> None:
@@ -297,8 +301,8 @@ class FrameReader:
 
     def _make_room(self, needed: int) -> None:
         """Move the unparsed bytes to the front: of this buffer if no payload points into it."""
-        # The MAC of a CONTROL frame covers its header, which was read before the payload was there.
-        kept = HEADER_BYTES if self._waiting is not None else 0
+        # A MAC covers the header, too, which was read before the payload was there.
+        kept = self._before_payload_bytes if self._waiting is not None else 0
         unparsed = self._view[self._head - kept : self._tail]
         carried = len(unparsed)
         if self._lent or len(self._buffer) < carried + needed:
@@ -452,7 +456,8 @@ class FrameReader:
     def _check_control(self, payload: memoryview, payload_crc: int, seq: int) -> Message:
         """MAC first, then sequence, then content; returns the message."""
         message_bytes = bytes(payload[:-MAC_BYTES])
-        header = bytes(self._view[self._head - HEADER_BYTES : self._head])
+        at = self._head - self._before_payload_bytes
+        header = bytes(self._view[at : at + HEADER_BYTES])
         if not hmac.compare_digest(
             control_mac(self._control_key, header, message_bytes), bytes(payload[-MAC_BYTES:])
         ):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from nbdmirror.core import dispatch
 from nbdmirror.core.channel import Channel
-from nbdmirror.core.handshake import Handshake
+from nbdmirror.core.handshake import Handshake, offers
 from nbdmirror.core.negotiate import negotiate
 from nbdmirror.core.ports import ReadBuffer
 from nbdmirror.core.session import Session
@@ -92,7 +92,10 @@ class End:
         self.net = net
         self.life = life
         nonce = net.world.rng["shell"].randbytes(32)
-        self.channel = Channel(Handshake(dialer, KEY, life.identity, nonce))
+        features, required = offers(macs=net.asks_macs[life.host.index])
+        self.channel = Channel(
+            Handshake(dialer, KEY, life.identity, nonce, features=features, required=required)
+        )
         self.session: Session | None = None
         self.closed = False
         self.out: Pipe
@@ -194,6 +197,8 @@ class Network:
 
     def __init__(self, world: World) -> None:
         self.world = world
+        # Whether host 0 or 1 is set to "mac": then both put a keyed code on every frame.
+        self.asks_macs = [world.rng["integrity"].random() < 0.25 for _ in range(2)]
         self._cut = [False, False]
         self.ends: list[End] = []
         self.slow = False

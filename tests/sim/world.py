@@ -21,7 +21,18 @@ from nbdmirror.core.ports import Path
 from nbdmirror.errors import NbdMirrorError
 
 TRACE_TAIL_COUNT = 400
-CONCERNS = ("net", "disk", "client", "faults", "schedule", "shell", "command", "setup", "lease")
+CONCERNS = (
+    "net",
+    "disk",
+    "client",
+    "faults",
+    "schedule",
+    "shell",
+    "command",
+    "setup",
+    "lease",
+    "integrity",
+)
 
 
 class ViolationError(Exception):

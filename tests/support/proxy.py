@@ -1,7 +1,8 @@
 """A TCP relay between the two nodes that can be cut at any byte, or made to swallow.
 
 Owns its listening socket, one thread, and at most a few connections. It knows nothing of the
-protocol. Must never: keep a byte back except when told to swallow.
+protocol; who does is given the bytes and may change them. Must never: keep a byte back by itself
+except when told to swallow.
 """
 
 import contextlib
@@ -10,9 +11,11 @@ import selectors
 import socket
 import struct
 import threading
+from collections.abc import Callable
 
 CHUNK_BYTES = 256 * 1024
 RESET = struct.pack("ii", 1, 0)
+Editor = Callable[[bytes], bytes]
 
 
 class Proxy:
@@ -25,6 +28,9 @@ class Proxy:
         self.relayed_bytes = 0
         self.connections = 0
         self.cuts = 0
+        # For each new connection: what changes the bytes to the target, and those from it.
+        self.editors: Callable[[], tuple[Editor, Editor]] | None = None
+        self._editors: dict[socket.socket, Editor] = {}
         self._refusing = False
         self._swallowing = False
         self._left: int | None = None
@@ -100,6 +106,8 @@ class Proxy:
             reset(inner)
             return
         self.connections += 1
+        if self.editors is not None:
+            self._editors[inner], self._editors[outer] = self.editors()
         for one, other in ((inner, outer), (outer, inner)):
             one.setblocking(False)
             one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -127,6 +135,8 @@ class Proxy:
         elif self._left is not None:
             self._left -= len(piece)
         self.relayed_bytes += len(piece)
+        if source in self._editors:
+            piece = self._editors[source](piece)
         self._waiting[target] = self._waiting.get(target, b"") + piece
         self._flush(target)
         if cut:
@@ -168,6 +178,7 @@ class Proxy:
             if each is not None:
                 self._pairs.pop(each, None)
                 self._waiting.pop(each, None)
+                self._editors.pop(each, None)
                 with contextlib.suppress(KeyError, ValueError):
                     self._selector.unregister(each)
                 reset(each)

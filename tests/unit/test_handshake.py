@@ -147,7 +147,7 @@ def test_the_keys_are_those_of_the_document() -> None:
     assert confirm == b"\x00\x21\x03" + proof(KEY, b"dialer", hello + reply)
     context = "nbdmirror 2026 peer channel v1 session keys"
     key = blake3(KEY, derive_key_context=context).digest()
-    material = blake3(hello + reply + confirm, key=key).digest(length=112)
+    material = blake3(hello + reply + confirm, key=key).digest(length=176)
     assert done(one).session == int.from_bytes(material[:8], "big")
     seed = int.from_bytes(material[8:12], "big")
     assert done(one).send_seed == seed
@@ -156,7 +156,13 @@ def test_the_keys_are_those_of_the_document() -> None:
         material[16:48],
         material[48:80],
     )
-    assert done(one).hash_key == done(two).hash_key == material[80:]
+    assert done(one).hash_key == done(two).hash_key == material[80:112]
+    for mine, theirs in ((one, two), (two, one)):
+        assert done(mine).send_frame_key == done(theirs).receive_frame_key
+    assert (done(one).send_frame_key, done(two).send_frame_key) == (
+        material[112:144],
+        material[144:],
+    )
 
 
 def test_the_messages_keep_their_bytes() -> None:
@@ -387,9 +393,9 @@ def test_a_node_without_a_number_is_refused() -> None:
 
 def test_a_required_feature_must_be_there() -> None:
     """Breaks in the field: one end sends what the other end does not understand."""
-    two = listener(features=3, required=2)
-    with pytest.raises(PeerRefusedError, match="features 0x2"):
-        two.receive(dialer(features=5).start())
+    two = listener(features=12, required=8)
+    with pytest.raises(PeerRefusedError, match="features 0x8"):
+        two.receive(dialer(features=20).start())
     assert two.refusal[3] == RefusalCode.FEATURES
 
 
