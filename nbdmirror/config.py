@@ -285,7 +285,10 @@ def _toml(value: object) -> str:
 
 def _dotted(steps: Iterable[object]) -> str:
     """A key as the file has it; what is not bare stands in quotes."""
-    return ".".join(step if _BARE_KEY.fullmatch(step) else _toml(step) for step in map(str, steps))
+    return ".".join(
+        step if _BARE_KEY.fullmatch(step) and len(step) <= SHOWN_CHARS_MAX else _toml(step)
+        for step in map(str, steps)
+    )
 
 
 def _generic(location: tuple[str | int, ...]) -> str:

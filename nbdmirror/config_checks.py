@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from nbdmirror.config_cluster import CHECKER_KEYS, ControllerSection
-from nbdmirror.config_fields import Address, parse_address
+from nbdmirror.config_fields import NAME_CHARS_MAX, Address, parse_address
+from nbdmirror.core.messages import printable
 from nbdmirror.limits import READ_LEASE_DRIFT_SHARE, READ_LEASE_MS_MIN
 
 HEARTBEATS_OF_SILENCE = 5
@@ -46,7 +47,7 @@ def _heartbeat_problems(raw: dict[str, Any]) -> Iterator[str]:
     lists = {name: each.get("heartbeats", []) for name, each in _nodes(raw).items()}
     counts = {name: len(each) for name, each in lists.items() if isinstance(each, list)}
     if len(set(counts.values())) > 1:
-        shown = ", ".join(f"{count} of {name}" for name, count in counts.items())
+        shown = ", ".join(f"{count} of {_shown(name)}" for name, count in counts.items())
         yield f"node: heartbeats: {shown}; expected as many on both nodes, one for each network"
     section = _table(raw, "controller")
     period = _number(section, "heartbeat_ms")
@@ -88,9 +89,14 @@ def _choice_problems(raw: dict[str, Any]) -> Iterator[str]:
     names = list(_nodes(raw))
     if isinstance(preferred, str) and names and preferred not in {"none", "last", *names}:
         yield (
-            f'preferred = "{preferred}": no such node; expected "none", "last" or one of: '
-            f"{', '.join(names)}"
+            f'preferred = "{_shown(preferred)}": no such node; expected "none", "last" or one of: '
+            f"{', '.join(map(_shown, names))}"
         )
+
+
+def _shown(text: str) -> str:
+    """As a line can have it."""
+    return printable(text)[:NAME_CHARS_MAX]
 
 
 def _twice(raw: dict[str, Any], table: str, key: str) -> Iterator[str]:
@@ -101,7 +107,8 @@ def _twice(raw: dict[str, Any], table: str, key: str) -> Iterator[str]:
             continue
         plain = value.partition("/")[0]
         if plain in seen:
-            yield f'{table}.{key} = "{value}": there twice; expected one of its own for each'
+            shown = f'{table}.{key} = "{_shown(value)}"'
+            yield f"{shown}: there twice; expected one of its own for each"
         seen.add(plain)
 
 
@@ -122,7 +129,8 @@ def _address_problems(raw: dict[str, Any]) -> Iterator[str]:
             continue
         if host in own:
             yield (
-                f'virtual_address.address = "{value}": is the own address of node {own[host]}; '
+                f'virtual_address.address = "{_shown(str(value))}": is the own address of node '
+                f"{_shown(own[host])}; "
                 "expected one that neither node has"
             )
     probe = _address(_table(raw, "probe").get("address"))
@@ -141,7 +149,7 @@ def _address(value: object) -> Address | None:
 def _mount_problems(raw: dict[str, Any]) -> Iterator[str]:
     point = _table(raw, "mount").get("point")
     if _table(raw, "mount").get("attach") == "none" and point:
-        yield f'mount.point = "{point}": nothing is mounted with mount.attach = "none"'
+        yield f'mount.point = "{_shown(str(point))}": nothing is mounted with mount.attach = "none"'
     for each in _tables(raw, "checker"):
         kind = each.get("kind")
         if kind not in CHECKER_KEYS:

@@ -45,7 +45,7 @@ LIST_MAX: Final = 16
 WORD_CHARS_MAX: Final = 4096
 INTERFACE_CHARS_MAX: Final = 15  # IFNAMSIZ of Linux, without its closing zero
 CHECKER_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
-_UNIT: Final = re.compile(r"[A-Za-z0-9:_.\\@-]{1,255}")
+UNIT: Final = re.compile(r"[A-Za-z0-9:_.\\@-]{1,255}")
 _OPTION: Final = re.compile(r"[A-Za-z0-9_.:=/+-]{1,255}")
 URL: Final = re.compile(r"https?://[^\s/?#]+[^\s]*")
 
@@ -99,8 +99,16 @@ def _interface_address(value: object) -> str:
 
 
 def _interface(value: object) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"[^\s/]{1,15}", value):
+    """As the kernel takes one; it is no path, and no text that steers a terminal."""
+    fits = isinstance(value, str) and re.fullmatch(r"[^\s/:]{1,15}", value)
+    if not isinstance(value, str) or not fits or value in {".", ".."} or not value.isprintable():
         raise ValueError("not the name of a network interface")
+    return value
+
+
+def _unit(value: object) -> str:
+    if not isinstance(value, str) or not UNIT.fullmatch(value):
+        raise ValueError("not the name of a unit")
     return value
 
 
@@ -213,7 +221,7 @@ class ApplicationSection(Section):
         _COMMAND,
         'stops it; called again with the word "force" when it fails or takes too long',
     )
-    units: Annotated[list[str], _matching(_UNIT, "names of units")] = key_field(
+    units: Annotated[list[str], _matching(UNIT, "names of units")] = key_field(
         [], "list", "a list of names", "systemd units, started in this order after `start`"
     )
     start_timeout_s: int = count_field(
@@ -300,7 +308,9 @@ class CheckerSection(Section):
     )
     count_min: int = count_field(1, 0, 10_000, "count", "process: at least so many")
     count_max: int = count_field(0, 0, 10_000, "count", "process: at most so many; 0: no bound")
-    unit: str | None = key_field(None, "name", "a systemd unit", "unit: has to be active")
+    unit: Annotated[str, BeforeValidator(_unit)] | None = key_field(
+        None, "name", "a systemd unit", "unit: has to be active"
+    )
     address: AnyAddress | None = key_field(
         None, "address", "IP:port or [IPv6]:port", "tcp: has to take a connection"
     )

@@ -80,8 +80,11 @@ def parse_peer_address(value: object) -> Address:
 
 def parse_path(value: object) -> Path:
     """A Path from text like "/var/lib/x". Raises ValueError."""
-    if not isinstance(value, str) or not value.startswith("/") or "\0" in value:
+    if not isinstance(value, str) or not value.startswith("/"):
         raise ValueError("a path is text and begins with /")
+    if not value.isprintable():
+        # A zero ends a path for the system, and others steer the terminal that shows it.
+        raise ValueError("a path has no characters that cannot be printed")
     if len(os.fsencode(value)) > PATH_BYTES_MAX:
         raise ValueError("the path is too long")
     return Path(value)

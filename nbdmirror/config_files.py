@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from nbdmirror.config_arbiters import SECRETS, arbiter_files
-from nbdmirror.config_fields import parse_path
+from nbdmirror.config_fields import NAME, parse_path
 from nbdmirror.errors import ConfigError, RefusedError, StoreError
 from nbdmirror.files import open_regular
 from nbdmirror.limits import ARBITER_SECRET_BYTES_MAX, SOCKET_PATH_BYTES_MAX
@@ -80,10 +80,12 @@ def files_of(raw: dict[str, Any], node: str) -> dict[str, Path]:
     Defaults stand in for values that are wrong on their own: those are told by the model.
     """
     mirror = raw.get("mirror")
+    if not isinstance(mirror, str) or not NAME.fullmatch(mirror):
+        mirror = ""
     directories = {}
     for key, default in (("data_dir", "/var/lib/nbdmirror"), ("run_dir", "/run/nbdmirror")):
         given = path_at(raw, "node", node, key) or path_at(raw, "paths", key)
-        directories[key] = given or Path(default, mirror if isinstance(mirror, str) else "")
+        directories[key] = given or Path(default, mirror)
     run_dir = directories["run_dir"]
     key_file = path_at(raw, "key_file")
     return {

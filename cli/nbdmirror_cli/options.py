@@ -4,6 +4,7 @@ Owns how a command finds its configuration. Must never read the key for a comman
 """
 
 import json
+import os
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,11 +14,14 @@ from typing import Any, Final, TypeVar
 import click
 
 from nbdmirror.config import Config, load, parse_size
+from nbdmirror.core.messages import printable
 from nbdmirror.errors import ConfigError
 
 CONFIG_DIRECTORY: Final = Path("/etc/nbdmirror")
 CONFIG_VARIABLE: Final = "NBDMIRROR_CONFIG"
 NODE_VARIABLE: Final = "NBDMIRROR_NODE"
+SHOWN_CHARS_MAX: Final = 63
+FILE_NAME_BYTES_MAX: Final = 250  # 255 of the system, less ".toml"
 FIRST_STEP: Final = "`nbdmirror create NAME` makes a mirror, `nbdmirror join -` its second node"
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -118,8 +122,10 @@ def _names() -> list[str]:
 def find_config(path: Path | None, mirror: str | None) -> Path:
     """The configuration file that the options mean. Raises ConfigError, UsageError."""
     if mirror is not None:
-        if "/" in mirror or mirror.startswith("."):
-            raise click.UsageError(f"-m {mirror}: a name is expected; a file is named with -c")
+        strange = "/" in mirror or mirror.startswith(".") or not mirror.isprintable()
+        if strange or len(os.fsencode(mirror)) > FILE_NAME_BYTES_MAX:
+            shown = printable(mirror)[:SHOWN_CHARS_MAX]
+            raise click.UsageError(f"-m {shown}: a name is expected; a file is named with -c")
         return _existing(mirror)
     if path is not None:
         return path
