@@ -12,7 +12,7 @@ from nbdmirror.core import dispatch, io
 from nbdmirror.core.channel import Channel
 from nbdmirror.core.dirtymap import DirtyMap
 from nbdmirror.core.durable import Opened
-from nbdmirror.core.handshake import Handshake, Identity
+from nbdmirror.core.handshake import Handshake, Identity, offers
 from nbdmirror.core.intentlog import IntentLog
 from nbdmirror.core.node import Node, Role, Settings
 from nbdmirror.core.ports import Path, ReadBuffer, WriteBuffer
@@ -49,10 +49,20 @@ def superblock(
     )
 
 
-def channels() -> tuple[Channel, Channel]:
+def channels(*, macs: bool = False) -> tuple[Channel, Channel]:
     """Both ends of one authenticated connection: of the sender, of the receiver."""
+    features, required = offers(macs=macs)
     made = [
-        Channel(Handshake(number == 1, b"k" * 32, identity(number), bytes([number]) * 32))
+        Channel(
+            Handshake(
+                number == 1,
+                b"k" * 32,
+                identity(number),
+                bytes([number]) * 32,
+                features=features,
+                required=required,
+            )
+        )
         for number in (1, 2)
     ]
     dialer, listener = made
@@ -192,11 +202,11 @@ def make_node(node_id: int = 1, arbiter: ArbiterKind = ArbiterKind.NONE) -> Node
 class Primary:
     """The whole write path of a primary, peer and disk being free: `write` is one client write."""
 
-    def __init__(self, arbiter: ArbiterKind = ArbiterKind.NONE) -> None:
+    def __init__(self, arbiter: ArbiterKind = ArbiterKind.NONE, *, macs: bool = False) -> None:
         self.node = make_node(arbiter=arbiter)
         self.driver = Driver()
         link = PeerLink(self.node, self.driver)
-        self.session = Session(self.node.shell, channels()[0], link)
+        self.session = Session(self.node.shell, channels(macs=macs)[0], link)
         link.session = self.session
         self.session.sending = True
         self.session.phase = Phase.SYNCED
@@ -215,10 +225,10 @@ class Primary:
 class Secondary:
     """The whole path of a replica, disk being free: `receive` is one read from the socket."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, macs: bool = False) -> None:
         self.node = make_node(2)
         self.driver = Driver()
-        self.sender, receiver = channels()
+        self.sender, receiver = channels(macs=macs)
         link = SinkLink()
         self.session = Session(self.node.shell, receiver, link)
         link.session = self.session

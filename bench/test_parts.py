@@ -27,6 +27,7 @@ Benchmark: TypeAlias = Callable[..., Any]
 BLOCK = bytes(range(256)) * 16
 MAP_ID = b"p" * 16
 GENERATION = b"g" * 16
+INTEGRITIES = pytest.mark.parametrize("integrity", ["crc", "mac"])
 
 
 def blocks() -> Iterator[int]:
@@ -50,10 +51,11 @@ def test_header_by_schema(benchmark: Benchmark) -> None:
     assert len(benchmark(HEADER_SCHEMA.build, values)) == HEADER.size
 
 
+@INTEGRITIES
 @pytest.mark.parametrize("batch", [1, 16])
-def test_frame_reader(benchmark: Benchmark, batch: int) -> None:
+def test_frame_reader(benchmark: Benchmark, batch: int, integrity: str) -> None:
     """Breaks in the field: the replica cannot keep up with the wire; figure is per batch."""
-    sender, receiver = channels()
+    sender, receiver = channels(macs=integrity == "mac")
     receiver.open_data(DEVICE_BYTES, 1)
     numbers = count(1)
 
@@ -70,6 +72,16 @@ def test_frame_reader(benchmark: Benchmark, batch: int) -> None:
 
     found = benchmark.pedantic(take, setup=arrived, rounds=2000)  # type: ignore[attr-defined]
     assert found == batch
+
+
+@INTEGRITIES
+@pytest.mark.parametrize("size", [0, 4 * KIB, MIB])
+def test_frame_sender(benchmark: Benchmark, size: int, integrity: str) -> None:
+    """Breaks in the field: each write and each answer pays for this under the engine's lock."""
+    sender, _ = channels(macs=integrity == "mac")
+    kind, data, numbers = FrameType.WRITE if size else FrameType.ACK, bytes(size), count(1)
+    head = benchmark(lambda: sender.encode(kind, 0, next(numbers), 0, 0, data))
+    assert len(head) == HEADER.size + (16 if integrity == "mac" else 0)
 
 
 # --- checks ----------------------------------------------------------------------------------
@@ -200,10 +212,11 @@ def test_superblock(benchmark: Benchmark) -> None:
 # --- whole paths -----------------------------------------------------------------------------
 
 
+@INTEGRITIES
 @pytest.mark.parametrize("size", [4 * KIB, MIB])
-def test_write_path(benchmark: Benchmark, size: int) -> None:
+def test_write_path(benchmark: Benchmark, size: int, integrity: str) -> None:
     """Breaks in the field: this is what safety adds to each write on the primary."""
-    primary = Primary()
+    primary = Primary(macs=integrity == "mac")
     data = bytes(size)
     offsets = cycle(range(0, 128 * MIB, MIB))
     benchmark(lambda: primary.write(data, next(offsets)))
@@ -225,10 +238,11 @@ def test_read_path(benchmark: Benchmark, arbiter: ArbiterKind) -> None:
     assert not len(primary.node.locks)
 
 
+@INTEGRITIES
 @pytest.mark.parametrize("batch", [1, 16])
-def test_replica_path(benchmark: Benchmark, batch: int) -> None:
+def test_replica_path(benchmark: Benchmark, batch: int, integrity: str) -> None:
     """Breaks in the field: this is what the peer adds to each write; figure is per batch."""
-    secondary = Secondary()
+    secondary = Secondary(macs=integrity == "mac")
     offsets = cycle(range(0, 128 * MIB, MIB))
 
     def arrived() -> tuple[tuple[bytes], dict[str, Any]]:
