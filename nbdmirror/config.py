@@ -69,6 +69,7 @@ __all__ = ["KEYS", "Address", "Config", "Node", "format_size", "load", "parse_si
 
 CONFIG_BYTES_MAX: Final = 1 * MIB
 SHOWN_CHARS_MAX: Final = 200
+SHOWN_BITS_MAX: Final = 128
 _BARE_KEY: Final = re.compile(r"[A-Za-z0-9_.-]+")
 # pydantic's findings in the words of the file; others have texts of their own.
 _WORDS: Final = {
@@ -186,6 +187,7 @@ def load(path: Path, node: str | None = None, *, with_key: bool = True) -> Confi
         except ConfigError as error:
             problems.append(str(error))
     if problems or parsed is None:
+        problems = [printable(problem) for problem in problems]  # paths hold what they like
         lines = "\n".join(f"- {problem}" for problem in problems)
         count = len(problems)
         head = f"{path}: {count} mistake{'s' if count > 1 else ''}"
@@ -258,6 +260,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(text.decode("utf-8"))
     except ValueError as error:  # TOMLDecodeError says line and column
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: lists or tables nested too deep; none needs three") from error
 
 
 def _read_key(path: Path) -> bytes:
@@ -275,6 +279,8 @@ def _toml(value: object) -> str:
     """A value as the file has it, bounded, and without what could steer a terminal."""
     if isinstance(value, dict | list):
         return "a table" if isinstance(value, dict) else "a list"
+    if isinstance(value, int) and value.bit_length() > SHOWN_BITS_MAX:
+        return "a very long number"  # Python refuses to write one of more than 4300 digits
     if isinstance(value, str | bool | int | float):
         text = json.dumps(value, ensure_ascii=False)
     else:

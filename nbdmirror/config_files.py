@@ -80,12 +80,12 @@ def files_of(raw: dict[str, Any], node: str) -> dict[str, Path]:
     Defaults stand in for values that are wrong on their own: those are told by the model.
     """
     mirror = raw.get("mirror")
-    if not isinstance(mirror, str) or not NAME.fullmatch(mirror):
-        mirror = ""
+    # What is no name of a mirror may hold anything, a zero byte as well, which no path can have.
+    named = mirror if isinstance(mirror, str) and NAME.fullmatch(mirror) else ""
     directories = {}
     for key, default in (("data_dir", "/var/lib/nbdmirror"), ("run_dir", "/run/nbdmirror")):
         given = path_at(raw, "node", node, key) or path_at(raw, "paths", key)
-        directories[key] = given or Path(default, mirror)
+        directories[key] = given or Path(default, named)
     run_dir = directories["run_dir"]
     key_file = path_at(raw, "key_file")
     return {
