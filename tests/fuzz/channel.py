@@ -343,7 +343,8 @@ def feed_handshake(data: bytes) -> bool:
 PARSERS: Final = (
     Parser(
         "messages", lambda: [encode(m) for m in MESSAGES], feed_message, (PeerProtocolError,),
-        mutate=by_fields([(n, s) for n in (*range(40), 57, 58, 73) for s in (1, 2, 4, 8)]), weight=3,
+        mutate=by_fields([(n, s) for n in (*range(40), 57, 58, 73) for s in (1, 2, 4, 8)]),
+        weight=3,
     ),
     Parser(
         "frames", wire_seeds, feed_stream, (PeerProtocolError,), sealed_stream, changed_stream,

@@ -5,6 +5,7 @@ to a stand-in says little about an engine.
 """
 
 import asyncio
+import base64
 import json
 import secrets
 import shutil
@@ -48,7 +49,7 @@ NONCE: Final = b"n" * 16
 
 def packet(**changes: Any) -> bytes:
     """What the peer would send."""
-    values = {
+    values: dict[str, Any] = {
         "mirror_id": ID, "node_id": 2, "link": 0, "nonce": b"o" * 16, "seq": 5,
         "echo_nonce": NONCE, "echo_seq": 2, "echo_held_us": 100, "body": b'{"v":1}',
     } | changes  # fmt: skip
@@ -225,7 +226,7 @@ def feed_control(data: bytes) -> bool:
 
 
 def changed_command(rng: Random, data: bytes, pool: Sequence[bytes]) -> bytes:
-    """Mostly the arguments: a request of another form is refused before any of them is looked at."""
+    """Mostly the arguments: in a request of another form none of them is looked at."""
     if rng.random() < 0.5:
         tree = json.loads(rng.choice(control_seeds()))
         changed = changed_json(rng, json.dumps(ARGUMENTS).encode(), [b"{}"])
@@ -248,7 +249,7 @@ def sealed_token(data: bytes) -> bytes:
     """The checksum of what the characters say."""
     plain = "".join(c for c in data.decode("latin-1").upper() if c in tokens_alphabet())
     try:
-        raw = tokens.base64.b32decode(plain + "=" * (-len(plain) % 8))
+        raw = base64.b32decode(plain + "=" * (-len(plain) % 8))
     except ValueError:
         return data
     content = raw[: -tokens.CRC_BYTES]

@@ -1,4 +1,4 @@
-"""A little of the fuzzing with every run of the tests, and whether the driver would see anything."""
+"""A little of the fuzzing with every run of the tests; and whether the driver sees anything."""
 
 import signal
 import sys
