@@ -97,10 +97,8 @@ class History:
             handle.connect_uri(uri)
             handles.append(handle)
         self._threads = [
-            threading.Thread(
-                target=self._run, args=(handle, operations[n::CONNECTIONS]), daemon=True
-            )
-            for n, handle in enumerate(handles)
+            threading.Thread(target=self._run, args=(handle, part), daemon=True)
+            for handle, part in zip(handles, parts, strict=True)
         ]
         for thread in self._threads:
             thread.start()
@@ -156,6 +154,12 @@ class History:
             handle.aio_zero(length, at, completion=done)
         else:
             handle.aio_trim(length, at, completion=done)
+
+    @property
+    def answered(self) -> int:
+        """How many were acknowledged since the last judgement."""
+        with self._lock:
+            return sum(each.acknowledged for each in self.operations)
 
     # --- judging --------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from typing import Final, Self
 
 from nbdmirror.errors import NbdMirrorError, RefusedError
 from tests.prove.faults import Point, Tracer, busiest, command, path_of
-from tests.prove.history import History, course
+from tests.prove.history import OPERATIONS_COUNT, History, course
 from tests.support.pair import Engine, Pair, State, child_of
 from tests.support.powercut import PowerDisk
 
@@ -28,6 +28,9 @@ DEVICE_BYTES: Final = 16 << 20
 DISK_BYTES: Final = 40 << 20
 BOUND_S: Final = 60.0
 LOOK_S: Final = 0.02
+SOON_S: Final = 0.001
+# A few courses in turn, so that each meets the images that another one left.
+COURSES_COUNT: Final = 7
 REFUSED_FOR_S: Final = 2.0
 AFTER_COUNT: Final = 16
 # What may differ between two idle looks at one engine: a worker or a dial under way.
@@ -82,6 +85,25 @@ class Rig:
         self.judge()
         return hit
 
+    def power_cut(self, who: str, after: int) -> None:
+        """Cut the power of the primary, the secondary or both after so many answers.
+
+        Raises:
+            As `point`.
+        """
+        for engine in self.pair.both:
+            engine.allowed = {"EIO"}
+        secondary = self.pair.other(self.primary)
+        victim = secondary if who == "secondary" else self.primary
+        self.begin(self.primary, OPERATIONS_COUNT)
+        while self.history.answered < after and not self.history.wait(SOON_S):
+            self.decide(self.primary, secondary)
+        for engine in self.pair.both if who == "both" else (victim,):
+            self.lose(engine, power=True)
+        self.finish(self.primary, secondary)
+        self.recover(victim, only_durable=who == "both")
+        self.judge()
+
     def hit(self, victim: Engine, secondary: Engine, point: Point) -> bool:
         """Let it happen to the victim while clients write, or while the other one returns."""
         told = self.root / "strace"
@@ -95,7 +117,9 @@ class Rig:
             if point.moment == "return":
                 secondary.start()
         try:
-            self.operate(self.primary, 120 if point.moment == "work" else AFTER_COUNT, secondary)
+            self.operate(
+                self.primary, OPERATIONS_COUNT if point.moment == "work" else AFTER_COUNT, secondary
+            )
             if point.moment == "return":
                 self.watch(secondary)
         finally:
@@ -180,11 +204,19 @@ class Rig:
 
     def operate(self, primary: Engine, count: int, other: Engine | None = None) -> None:
         """Run a course to its end; an operator answers what the primary asks."""
+        self.begin(primary, count)
+        self.finish(primary, other or self.pair.other(primary))
+
+    def begin(self, primary: Engine, count: int) -> None:
+        """Let clients start with the next course."""
         self._seed += 1
-        self.history.start(primary.uri, course(self._seed % 7, count))
+        self.history.start(primary.uri, course(self._seed % COURSES_COUNT, count))
+
+    def finish(self, primary: Engine, other: Engine) -> None:
+        """Wait for their end; an operator answers what the primary asks."""
         until = monotonic() + BOUND_S
         while not self.history.wait(LOOK_S):
-            self.decide(primary, other or self.pair.other(primary))
+            self.decide(primary, other)
             if monotonic() > until:
                 raise TimeoutError(f"clients wait for ever: {self.state(primary)}")
 
