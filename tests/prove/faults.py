@@ -28,6 +28,8 @@ ERRORS: Final = {
     "fallocate": ("EIO", "ENOSPC"), "preadv": ("EIO",), "pread64": ("EIO",), "sendmsg": ("EPIPE",),
 }  # fmt: skip
 ENDED: Final = ("kill", "power", "power-both")
+SOON_S: Final = 0.05
+LET_GO_S: Final = 5.0
 CALL: Final = re.compile(r"^(\d+) +(\w+)\(")
 
 
@@ -88,10 +90,14 @@ class Tracer:
         assert b"attached" in said, said
 
     def end(self) -> None:
-        """Detach."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGINT)
-        self._process.wait(60)
+        """Detach. strace ends with whom it traces; one that does not, after a kill, is ended."""
+        for number in (0, signal.SIGINT, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(SOON_S if number == 0 else LET_GO_S)
+                break
+        assert self._process.returncode is not None
         assert self._process.stderr is not None
         self._process.stderr.close()
 

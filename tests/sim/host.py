@@ -144,7 +144,6 @@ class Host:
         self.kept.end_life(rng, power=power)
         if power:
             self.power_count += 1
-            self.checker.counts["power_cuts"] += 1
             self.boot_id = self._random(16)
         before, self.sb = self.sb, self.judge().superblock
         if self.sb.sequence > before.sequence:

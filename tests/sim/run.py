@@ -201,7 +201,10 @@ class Simulation:
             steps=world.steps,
             virtual_ms=world.now_ms,
             faults=self.faults.count,
-            counts=self.checker.counts | self.words.counts | self.abstract.counts(),
+            counts=self.checker.counts
+            | self.words.counts
+            | self.abstract.counts()
+            | {"power_cuts": sum(host.power_count for host in self.hosts)},
         )
 
 
