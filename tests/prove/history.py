@@ -90,6 +90,7 @@ class History:
     def start(self, uri: str, operations: Sequence[Operation]) -> None:
         """Send them over all connections."""
         self.error = ""
+        self._threads = []
         parts = [operations[n::CONNECTIONS] for n in range(CONNECTIONS)]
         handles = []
         for _ in range(CONNECTIONS):

@@ -13,10 +13,13 @@ import signal
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
 from typing import Final, Self
+
+import nbd
 
 from nbdmirror.errors import NbdMirrorError, RefusedError
 from tests.prove.faults import Point, Tracer, busiest, command, path_of
@@ -81,7 +84,8 @@ class Rig:
         hit = self.hit(victim, secondary, point)
         # A copy that acknowledged alone is one copy: its power takes what was not flushed.
         alone = (point.role, point.moment, point.fault) == ("primary", "return", "power")
-        self.recover(victim, only_durable=hit and (alone or point.fault == "power-both"))
+        only_durable = hit and (alone or point.fault == "power-both")
+        self.recover(victim, only_durable=only_durable, fail_over=point.moment == "work")
         self.judge()
         return hit
 
@@ -208,9 +212,14 @@ class Rig:
         self.finish(primary, other or self.pair.other(primary))
 
     def begin(self, primary: Engine, count: int) -> None:
-        """Let clients start with the next course."""
+        """Let clients start with the next course; whom it hit before they came serves nobody."""
         self._seed += 1
-        self.history.start(primary.uri, course(self._seed % COURSES_COUNT, count))
+        try:
+            self.history.start(primary.uri, course(self._seed % COURSES_COUNT, count))
+        except nbd.Error:
+            self.look(primary)
+            if not self.is_dead(primary) and self.state(primary).get("role") == "primary":
+                raise
 
     def finish(self, primary: Engine, other: Engine) -> None:
         """Wait for their end; an operator answers what the primary asks."""
@@ -229,20 +238,23 @@ class Rig:
             with contextlib.suppress(NbdMirrorError):
                 primary.command("alone")
 
-    def recover(self, victim: Engine, *, only_durable: bool = False) -> None:
+    def recover(
+        self, victim: Engine, *, only_durable: bool = False, fail_over: bool = True
+    ) -> None:
         """Fail over if need be, bring everybody back, and wait until both are in sync.
 
-        `only_durable`: what was not flushed may be gone.
+        `only_durable`: what was not flushed may be gone. `fail_over`: not to a copy that has just
+        come back; without an arbiter only the operator knows what was written without it.
         """
         survivor = self.pair.other(victim)
         self.history.wait(BOUND_S)
         serves = self.state(self.primary).get("role") == "primary"
-        if not serves and self.primary is victim and self.promoted(survivor):
+        if fail_over and not serves and self.primary is victim and self.promoted(survivor):
             self.primary = survivor
             self.require_kept(survivor, only_durable=only_durable)
             self.operate(survivor, AFTER_COUNT, victim)
-        for engine in self.pair.both:
-            self.bring_back(engine)
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(self.bring_back, self.pair.both))
         self.pair.synced()
         if self.state(self.primary).get("role") != "primary":
             self.primary.command("promote")

@@ -12,10 +12,13 @@ made: given again in this order they are its replay.
 """
 
 import argparse
+import os
 import secrets
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from random import Random
 from time import monotonic
 from typing import Final
@@ -95,7 +98,6 @@ class Runner:
 
     def __init__(self) -> None:
         self.outcome = Outcome()
-        self.seconds = 0.0
         self.trail: list[Point] = []
 
     def run(self, points: Iterator[Point]) -> Outcome:
@@ -116,9 +118,7 @@ class Runner:
         """One point, and its figures."""
         self.trail.append(point)
         figures, checked, cuts = self.outcome.figures, rig.history.checked, rig.power_cuts
-        began = monotonic()
         hit = rig.point(point)
-        self.seconds += monotonic() - began
         figures["points"] += 1
         figures["points hit"] += hit
         figures[f"points hit: {point.fault}"] += hit
@@ -138,10 +138,41 @@ def replay(points: Sequence[Point]) -> str:
     return "python -m tests.prove.syscalls --points " + ",".join(map(str, points))
 
 
-def until(points: Sequence[Point], seconds: float) -> Iterator[Point]:
-    """As many as begin within that time."""
-    end = monotonic() + seconds
-    yield from (point for point in points if monotonic() < end)
+class Shared:
+    """Points for several pairs at once: each is given to one of them, until the time is over."""
+
+    def __init__(self, points: Sequence[Point], seconds: float) -> None:
+        self.stopped = False
+        self._points = iter(points)
+        self._until = monotonic() + seconds
+        self._lock = threading.Lock()
+
+    def __iter__(self) -> Iterator[Point]:
+        while True:
+            with self._lock:
+                point = next(self._points, None)
+            if point is None or self.stopped or monotonic() > self._until:
+                return
+            yield point
+
+
+def together(points: Sequence[Point], seconds: float) -> Outcome:
+    """As many as begin within that time, on a pair for each processor; the first violation."""
+    shared = Shared(points, seconds)
+    total = Outcome()
+
+    def work(runner: Runner) -> Outcome:
+        outcome = runner.run(iter(shared))
+        shared.stopped = shared.stopped or bool(outcome.violation)
+        return outcome
+
+    count = os.cpu_count() or 1
+    with ThreadPoolExecutor(count) as pool:
+        for outcome in pool.map(work, [Runner() for _ in range(count)]):
+            total.figures.update(outcome.figures)
+            if outcome.violation and not total.violation:
+                total.violation, total.replay = outcome.violation, outcome.replay
+    return total
 
 
 class Syscalls:
@@ -161,7 +192,7 @@ class Syscalls:
             runner.violated(error)
             return runner.outcome
         Random(seed).shuffle(points)
-        outcome = runner.run(until(points, seconds - (monotonic() - began)))
+        outcome = together(points, seconds - (monotonic() - began))
         outcome.figures["points there are"] = len(points)
         outcome.notes.append(f"system calls: seed {seed}, {len(points)} points")
         return outcome
