@@ -1,6 +1,6 @@
 """Runs a parser over seeded inputs, in bounded memory and time, and says what it found.
 
-Owns the batches: inputs come in batches of BATCH_INPUTS_COUNT, and the seed of a batch is made from
+Owns the batches: inputs come in batches, and the seed of a batch is made from
 the parser's name, the run's seed and the batch's number, so that each batch is a replay of itself.
 Must never let one input depend on what an earlier batch did.
 """
@@ -17,14 +17,14 @@ from random import Random
 from types import FrameType
 from typing import Final
 
-from tests.fuzz import channel, outside, stored
+from tests.fuzz import channel, dispatched, outside, stored
 from tests.fuzz.corpus import stored_inputs
 from tests.fuzz.parser import Parser
 
 PARSERS: Final = {
-    parser.name: parser for parser in (*channel.PARSERS, *stored.PARSERS, *outside.PARSERS)
+    parser.name: parser
+    for parser in (*channel.PARSERS, *stored.PARSERS, *outside.PARSERS, *dispatched.PARSERS)
 }
-BATCH_INPUTS_COUNT: Final = 500
 INPUT_BYTES_MAX: Final = 256 * 1024
 # No parser needs a tenth of it; one that takes a length from outside for granted needs more.
 MEMORY_BYTES: Final = 256 << 20
@@ -82,7 +82,7 @@ def bound_memory() -> None:
 
 
 def _too_slow(_number: int, _frame: FrameType | None) -> None:
-    raise SlowError(f"a batch of {BATCH_INPUTS_COUNT} inputs took more than {BATCH_CPU_S} s")
+    raise SlowError(f"a batch of inputs took more than {BATCH_CPU_S} s")
 
 
 def pool_of(parser: Parser) -> Sequence[bytes]:
@@ -93,7 +93,7 @@ def pool_of(parser: Parser) -> Sequence[bytes]:
 def inputs(parser: Parser, pool: Sequence[bytes], seed: int, batch: int) -> Iterator[bytes]:
     """The inputs of one batch: one to a few changes, sealed or not."""
     rng = Random(f"{parser.name}/{seed}/{batch}")
-    for _ in range(BATCH_INPUTS_COUNT):
+    for _ in range(parser.batch):
         data = rng.choice(pool)
         for _ in range(rng.choice((1, 1, 1, 2, 3, 6))):
             data = parser.mutate(rng, data, pool)

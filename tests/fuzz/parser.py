@@ -22,7 +22,8 @@ class Parser:
     """One parser: where its inputs begin, how they change, what may come of it.
 
     `refusals`: the classes that say "no". `seal` mends checksums and proofs of a changed input; it
-    has to bear anything. `weight`: the share of the time that it gets.
+    has to bear anything. `weight`: the share of the time that it gets. `batch`:
+    how many inputs a replay feeds.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Parser:
     seal: Callable[[bytes], bytes] = field(default=unchanged)
     mutate: Mutator = changed_bytes
     weight: int = 1
+    batch: int = 500
 
     def refused(self, data: bytes) -> bool:
         """Feed it; True if it was refused as it should be."""

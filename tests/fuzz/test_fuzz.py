@@ -17,7 +17,15 @@ SEED = 20
 SECONDS = 6.0
 WANTED = {
     *("messages", "frames", "handshake", "superblock", "intent-log", "dirty-map", "kept", "record"),
-    *("heartbeat", "heartbeat-body", "control", "token", "token-exchange", "configuration"),
+    *(
+        "dispatch",
+        "heartbeat",
+        "heartbeat-body",
+        "control",
+        "token",
+        "token-exchange",
+        "configuration",
+    ),
 }
 TWO_NODES = """
 [node.alpha]
