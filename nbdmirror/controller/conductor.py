@@ -8,20 +8,20 @@ own work go on beside it. Must never act on a state that it did not just see.
 
 import asyncio
 import contextlib
+import secrets
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from time import monotonic
 from typing import Any, Final, TypeVar
 
 from nbdmirror.config import Config
+from nbdmirror.controller import arbiter
 from nbdmirror.controller.checkers import Checkers
 from nbdmirror.controller.dialogs import Dialogs
 from nbdmirror.controller.engine_link import EngineLink
 from nbdmirror.controller.heart import Heart, boottime_ms
 from nbdmirror.controller.keeper import Keeper
 from nbdmirror.controller.moving import arbiter_of
-from nbdmirror.controller.observe import Observer
-from nbdmirror.controller.orders import Orders
-from nbdmirror.controller.questions import Questions
 from nbdmirror.controller.reload import Comparison, config_id, facts_of
 from nbdmirror.controller.scribe import Scribe
 from nbdmirror.controller.service import Service
@@ -29,13 +29,16 @@ from nbdmirror.controller.supervisor import KILL_S, Supervisor, listener_of
 from nbdmirror.controller.switches import Switches
 from nbdmirror.controller.words import Words
 from nbdmirror.core.cluster import body as bodies
-from nbdmirror.core.cluster import policy, standing
+from nbdmirror.core.cluster import observing, policy, standing
+from nbdmirror.core.cluster.asking import Questions
 from nbdmirror.core.cluster.body import Body
 from nbdmirror.core.cluster.checking import CheckerFacts
+from nbdmirror.core.cluster.observing import Observer
+from nbdmirror.core.cluster.ordering import Orders
 from nbdmirror.core.cluster.policy import Decision, Step
 from nbdmirror.core.cluster.saying import said_of
 from nbdmirror.core.cluster.view import Service as ServiceState
-from nbdmirror.core.cluster.view import Verdict, View
+from nbdmirror.core.cluster.view import Settings, Verdict, View
 from nbdmirror.errors import (
     ArbiterError,
     NbdMirrorError,
@@ -63,7 +66,13 @@ class Conductor:
         self.comparison = Comparison(facts_of(config), config.key)
         self.switches = Switches(config.switches_file)
         self.keeper = Keeper(self.switches, self.tell)
-        self.orders = Orders(config, self.switches, self.tell)
+        self.orders = Orders(
+            config.me.id,
+            limits=config.controller,
+            switches=self.switches,
+            tell=self.tell,
+            clock_ms=monotonic_ms,
+        )
         self.service = Service(config, self.tell, self.wake)
         self.checkers = Checkers(config.checkers, self._checker_changed)
         self.supervisor = Supervisor(config, self._engine_ended, self.tell)
@@ -85,13 +94,13 @@ class Conductor:
         self.engine_state: dict[str, Any] | None = None
         self.engine_reason = ""
         self.trouble = ""
-        self.observer = Observer(self)
-        self.view = View(self.observer.settings())
+        self.observer = Observer(self, clock_ms=boottime_ms, random_hex=secrets.token_hex)
+        self.view = View(self.settings)
         self._looked_ms = 0.0
         self._polls_lost = 0
         self.died_serving = False
         self.spoken = True
-        self.questions = Questions()
+        self.questions = Questions(boottime_ms)
         self.scribe = Scribe(self, mirror_id)
         self._promoting = False
         self.cleaned = False
@@ -119,11 +128,29 @@ class Conductor:
 
     # --- observe ---------------------------------------------------------------------------------
 
+    @property
+    def settings(self) -> Settings:
+        """What the configuration and the switches say."""
+        config, me, peer = self.config, self.config.me, self.config.peer
+        ids = {me.name: me.id, peer.name: peer.id}
+        return Settings(
+            node_id=me.id,
+            peer_id=peer.id,
+            peer_name=peer.name,
+            preferred_id=ids.get(config.preferred, 0),
+            preferred_last=config.preferred == "last",
+            takeover=config.takeover == "automatic",
+            memory=config.arbiter.has_memory,
+            failover=self.switches.now.failover,
+        )
+
+    @property
+    def silence_ms(self) -> int:
+        """How long a peer that is there is never silent."""
+        return self.config.controller.silence_ms
+
     def _engine_ended(self, how: str) -> None:
-        last = self.view.engine
-        served = last is not None and last.primary and last.synced
-        self.died_serving = served and self.view.wanted
-        self.spoken = not self.died_serving
+        observing.engine_ended(self, self.view)
         self.link.close()
         self.engine_state = None
         self._polls_lost = 0
@@ -179,13 +206,9 @@ class Conductor:
         if relayed:
             self.heart.take_extra(relayed)
 
-    def silence_is_over(self) -> bool:
-        """Whether nothing was heard for as long as a peer that is there would not be silent."""
-        return self.heart.silent_ms() > self.config.controller.silence_ms
-
     def peer_heard(self) -> bool:
         """Whether a fresh heartbeat came within the silence."""
-        return self.heart.ever_heard() and not self.silence_is_over()
+        return self.observer.peer_heard()
 
     def look_at_everything(self) -> View:
         """The view of this moment."""
@@ -222,7 +245,7 @@ class Conductor:
             await self._look()
             self.looked.set()
             self.view = self.look_at_everything()
-            self._settle()
+            observing.settle(self, self.view)
             self.view = self.look_at_everything()
             self._note(policy.decide(self.view))
             self.say()
@@ -232,21 +255,6 @@ class Conductor:
             self._woken.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._woken.wait(), LOOK_S)
-
-    def _settle(self) -> None:
-        """What was asked or ordered and is over by now."""
-        v = self.view
-        engine = v.engine
-        self.questions.settle(v, boottime_ms())
-        if engine is not None:
-            self.died_serving = False
-            # Filled from the other one: that served later, whichever of them comes to serve now.
-            filled = not engine.primary and not engine.was_primary
-            replaced = engine.synced and (engine.peer_primary or filled)
-            if replaced and self.switches.now.served and not v.settings.preferred_last:
-                self.switches.change(served=False)
-        self.orders.settle(v)
-        self.orders.from_checkers(v, self.checkers)
 
     def _watch_checkers(self) -> None:
         v = self.view
@@ -406,7 +414,7 @@ class Conductor:
         if self.config.arbiter.has_memory:
             self.questions.answered(*await self._meanwhile(self.scribe.claim()))
         else:
-            await self.questions.ask_arbiter(self.config)
+            self.questions.answered(*await arbiter.ask(self.config, self.questions.patience))
         kind, q = self.config.arbiter.word, self.questions
         self.tell(f"arbiter {kind}: {q.verdict.value}: {q.reason}")
 
@@ -416,7 +424,7 @@ class Conductor:
             raise ArbiterError(reason)
 
     async def _ask_peer(self) -> None:
-        self.questions.peer_is_asked(boottime_ms())
+        self.questions.peer_is_asked()
         await self.words.ask_peer()
 
     async def _speak(self) -> None:
@@ -444,7 +452,7 @@ class Conductor:
         """Use another configuration from now on, as far as it can take effect online."""
         old, self.config, self._config_id = self.config, config, identity
         self.comparison = Comparison(facts_of(config), config.key)
-        self.orders.reconfigure(config)
+        self.orders.reconfigure(config.controller)
         self.service.application.reconfigure(config.application)
         if old.checkers != config.checkers:
             stale, self.checkers = self.checkers, Checkers(config.checkers, self._checker_changed)
@@ -484,3 +492,8 @@ class Conductor:
 def term_of(state: dict[str, Any]) -> str:
     """What names one term of one engine as primary (rule 22)."""
     return f"{state.get('instance')}/{state.get('epoch')}"
+
+
+def monotonic_ms() -> float:
+    """Milliseconds while the system runs, suspension left out."""
+    return monotonic() * 1000

@@ -23,8 +23,7 @@ from nbdmirror.core.cluster.claiming import (
     State,
     Steps,
     Swap,
-    is_known,
-    mine_of,
+    standing_of,
     told,
 )
 from nbdmirror.core.cluster.view import Standing, Verdict
@@ -71,12 +70,7 @@ class Scribe:
         state, record = self._c.engine_state, self.record
         if record is None or state is None or boottime_ms() - self._read_ms > FRESH_MS:
             return Standing.UNREAD
-        if record.names(self._c.config.me.id, mine_of(state)):
-            return Standing.MINE
-        # An operator forced this node over what it knows: that is to be replaced (rule 14).
-        replaces = bool(state.get("forced_over")) and is_known(record, state)
-        others = record.owner == self._c.config.peer.id and not replaces
-        return Standing.PEER if others else Standing.NOBODY
+        return standing_of(record, state, self._c.config.me.id, self._c.config.peer.id)
 
     def facts(self) -> dict[str, Any]:
         """For `status`; without secrets."""

@@ -27,6 +27,7 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias
 
+from nbdmirror.core.cluster.view import Standing
 from nbdmirror.core.record import NOBODY, Held, Record
 from nbdmirror.errors import ArbiterError, RefusedError, StaleCommandError
 
@@ -322,6 +323,15 @@ def is_known(record: Record, state: State) -> bool:
     one_by_one = {str(state.get(name, "")) for name in names}
     known = one_by_one.union(*(set(state.get(name, ())) for name in lists))
     return not record.moved and record.generation.hex() in known
+
+
+def standing_of(record: Record, state: State, node_id: int, peer_id: int) -> Standing:
+    """Whom the record names, for the node whose engine is in `state`."""
+    if record.names(node_id, mine_of(state)):
+        return Standing.MINE
+    # An operator forced this node over what it knows: that is to be replaced (rule 14).
+    replaces = bool(state.get("forced_over")) and is_known(record, state)
+    return Standing.PEER if record.owner == peer_id and not replaces else Standing.NOBODY
 
 
 def told(record: Record) -> str:

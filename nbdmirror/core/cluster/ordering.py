@@ -2,15 +2,12 @@
 
 Owns the one order at a time, where it came from, when it is over, and the bound on what checkers
 may cause by themselves. Must never talk to the engine: an order becomes steps by way of the policy.
+Switches, checkers and the clock are the shell's.
 """
 
-from collections.abc import Callable
-from time import monotonic
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Protocol
 
-from nbdmirror.config import Config
-from nbdmirror.controller.checkers import Checkers
-from nbdmirror.controller.switches import Switches
 from nbdmirror.core.cluster import policy
 from nbdmirror.core.cluster.checking import CheckerFacts, demanded
 from nbdmirror.core.cluster.view import OrderKind, Service, Verdict, View
@@ -33,13 +30,104 @@ ACTIONS: Final = {
 }
 
 
+class Remembered(Protocol):
+    """What an operator switched, and what outlives this process."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether this node is to run."""
+        ...
+
+    @property
+    def stop_reason(self) -> str:
+        """Why it is not."""
+        ...
+
+    @property
+    def stop_both(self) -> bool:
+        """Whether the other node is to stop first."""
+        ...
+
+    @property
+    def failover(self) -> bool:
+        """Whether this node takes over by itself."""
+        ...
+
+    @property
+    def checkers(self) -> bool:
+        """Whether checkers may do anything."""
+        ...
+
+    @property
+    def served(self) -> bool:
+        """Whether it took the role and has not given it up in order."""
+        ...
+
+
+class Switches(Protocol):
+    """The file of these."""
+
+    @property
+    def now(self) -> Remembered:
+        """What is in force."""
+        ...
+
+    def change(self, **fields: Any) -> None:
+        """From now on."""
+        ...
+
+    def actions_within(self, hours: int) -> list[str]:
+        """What was done by itself within so many hours."""
+        ...
+
+    def count_action(self, what: str) -> None:
+        """One more."""
+        ...
+
+
+class Checkers(Protocol):
+    """What looks after application and host."""
+
+    def facts(self) -> Sequence[CheckerFacts]:
+        """All of them as they are now."""
+        ...
+
+    def reset(self, name: str) -> None:
+        """After an action: what was found before it says nothing about now."""
+        ...
+
+
+class Limits(Protocol):
+    """How often this node may act by itself: so many actions within so many hours, 0 for any."""
+
+    @property
+    def actions_max(self) -> int:
+        """How many."""
+        ...
+
+    @property
+    def actions_window_h(self) -> int:
+        """Within how long."""
+        ...
+
+
 class Orders:
     """The order that is being carried out, and what holds this node back."""
 
-    def __init__(self, config: Config, switches: Switches, tell: Callable[[str], None]) -> None:
-        self._config = config
+    def __init__(
+        self,
+        node_id: int,
+        *,
+        limits: Limits,
+        switches: Switches,
+        tell: Callable[[str], None],
+        clock_ms: Callable[[], float],
+    ) -> None:
+        self._node_id = node_id
+        self._limits = limits
         self._switches = switches
         self._tell = tell
+        self._clock_ms = clock_ms
         self.order: OrderKind | None = None
         self.reason = ""
         self.force = False
@@ -52,9 +140,12 @@ class Orders:
         self._waits_reason = ""
         self._failback_since_s = 0.0
 
-    def reconfigure(self, config: Config) -> None:
-        """Use another configuration from now on."""
-        self._config = config
+    def reconfigure(self, limits: Limits) -> None:
+        """Use other limits from now on."""
+        self._limits = limits
+
+    def _now_s(self) -> float:
+        return self._clock_ms() / 1000
 
     # --- given -----------------------------------------------------------------------------------
 
@@ -67,7 +158,7 @@ class Orders:
         if self.order is not None and self.order is not kind:
             raise RefusedError(f"{kind}: {self.order} is under way; wait for it, or stop the node")
         self.order, self.reason, self.force, self.error = kind, reason, force, ""
-        self._prim_until_s = monotonic() + PRIM_S
+        self._prim_until_s = self._now_s() + PRIM_S
 
     def swap(self, to: int, reason: str) -> None:
         """Exchange the roles: this node steps back, or lets the peer know that it wants the role.
@@ -75,10 +166,10 @@ class Orders:
         Raises:
             RefusedError: another order is under way.
         """
-        if to != self._config.me.id:
+        if to != self._node_id:
             self.give(OrderKind.SWAP, reason)
         self.swap_to = to
-        self._swap_until_s = monotonic() + SWAP_S
+        self._swap_until_s = self._now_s() + SWAP_S
 
     def start(self) -> None:
         """The node shall run; nothing holds it back any more."""
@@ -103,7 +194,7 @@ class Orders:
 
     def promoted(self) -> None:
         """This node serves now."""
-        if self.order is OrderKind.PRIM or self.swap_to == self._config.me.id:
+        if self.order is OrderKind.PRIM or self.swap_to == self._node_id:
             self.clear()
         self._waits_for = self._waits_reason = ""
 
@@ -135,8 +226,10 @@ class Orders:
             self._settle_prim(v, primary=primary)
         if v.service is Service.LEAVING:
             # However long the application takes to stop.
-            self._swap_until_s = max(self._swap_until_s, monotonic() + SWAP_S)
-        if self.swap_to and (monotonic() > self._swap_until_s or self._swapped(v, primary=primary)):
+            self._swap_until_s = max(self._swap_until_s, self._now_s() + SWAP_S)
+        if self.swap_to and (
+            self._now_s() > self._swap_until_s or self._swapped(v, primary=primary)
+        ):
             self.swap_to = 0
             if self.order is OrderKind.SWAP:
                 self.order = None
@@ -152,7 +245,7 @@ class Orders:
         """An order to serve is for now. It never lies in wait until the peer serves no more."""
         if primary:
             self.clear()
-        elif policy.peer_serves(v) or self._is_refused(v) or monotonic() > self._prim_until_s:
+        elif policy.peer_serves(v) or self._is_refused(v) or self._now_s() > self._prim_until_s:
             serves = policy.peer_serves(v)
             why = f"{v.settings.peer_name} serves" if serves else NO_ANSWER.get(v.verdict, TOO_LONG)
             self.clear()
@@ -176,8 +269,8 @@ class Orders:
         """The preferred node is back, and has been ready for a moment."""
         ready = primary and v.service is Service.UP and self.order is None and policy.swap_back(v)
         if not ready:
-            self._failback_since_s = monotonic()
-        elif monotonic() - self._failback_since_s > FAILBACK_S:
+            self._failback_since_s = self._now_s()
+        elif self._now_s() - self._failback_since_s > FAILBACK_S:
             self.swap(v.settings.peer_id, f"{v.settings.peer_name} is the preferred primary")
 
     @staticmethod
@@ -228,7 +321,7 @@ class Orders:
 
     def _act(self, v: View, who: str, action: str, why: str) -> None:
         reason = f"{who}: {why}"
-        limits = self._config.controller
+        limits = self._limits
         done = self._switches.actions_within(limits.actions_window_h)
         if limits.actions_max and len(done) >= limits.actions_max:
             self.stop(
@@ -253,4 +346,4 @@ class Orders:
         self.give(ACTIONS[action], reason)
         if action in ("swap", "stopstart") and self.can_swap(v):
             self.swap_to = v.settings.peer_id
-            self._swap_until_s = monotonic() + SWAP_S
+            self._swap_until_s = self._now_s() + SWAP_S
