@@ -50,6 +50,8 @@ from nbdmirror.limits import READ_LEASE_MS_MAX, READ_LEASE_MS_MIN
 
 COPIES = frozenset({DecisionKind.COPY_BY_MAP, DecisionKind.COPY_FULL})
 RESUME_CODE = 255
+# What the peer has to come to its own verdict, in a session that is to be ended.
+VERDICT_S = 0.2
 GOES_ON = COPIES | {DecisionKind.JOINT, DecisionKind.IN_SYNC}
 
 
@@ -328,6 +330,11 @@ def begin(node: Node, session: Session, decision: Decision, theirs: State) -> Pa
     if decision.kind not in GOES_ON or decision.stop_first:
         if decision.kind is DecisionKind.SPLIT_BRAIN:
             yield from split_brain(node, theirs, waits=decision.stop_first)
+        if peer_has_to_stop(decision):
+            # A session that ends takes this node's verdict with it, and without it the other one
+            # would never learn that it has to stop.
+            yield (node.shell.waiter().wait, VERDICT_S)
+            require_live(session)
         raise PeerRefusedError(decision.reason)
     settle_settings(node, theirs)
     node.shell.emit("decided", verdict=decision.kind.name, row=decision.row, reason=decision.reason)
@@ -336,6 +343,12 @@ def begin(node: Node, session: Session, decision: Decision, theirs: State) -> Pa
         yield from source(node, session, decision, theirs)
     else:
         yield from target(node, session, decision)
+
+
+def peer_has_to_stop(decision: Decision) -> bool:
+    """Whether the other node, if it is primary, stops serving by its own verdict of this moment."""
+    over_it = decision.kind is DecisionKind.REFUSE and decision.source_is_mine is True
+    return (over_it or decision.kind is DecisionKind.SPLIT_BRAIN) and not decision.stop_first
 
 
 def split_brain(node: Node, theirs: State, *, waits: bool) -> Path:
