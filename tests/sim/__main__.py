@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from tests.sim.run import ARBITERS, Job, Result, run_job
+from tests.sim.run import ALL_ARBITERS, KNOWN, SIMPLE, Job, Result, run_job
 
 TAIL_LINES = 60
 LINE_CHARS = 240
@@ -22,7 +22,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=100, help="how many seeds")
     parser.add_argument("--start", type=int, default=0, help="the first seed")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--arbiter", choices=(*ARBITERS, "both"), default="both")
+    parser.add_argument("--arbiter", choices=(*ALL_ARBITERS, "all"), default="all")
+    parser.add_argument(
+        "--controllers", choices=(*KNOWN, "both"), default=SIMPLE, help="who commands the engines"
+    )
     parser.add_argument("--minutes", type=float, default=0, help="stop after that long (0: never)")
     parser.add_argument("--keep-going", action="store_true", help="do not stop at a violation")
     parser.add_argument("--trace", action="store_true", help="print the whole trace of each seed")
@@ -48,19 +51,24 @@ def report(result: Result) -> None:
     """A violation, with what is needed to see it again."""
     for line in result.trace[-TAIL_LINES:]:
         say(line[:LINE_CHARS])
-    say(f"VIOLATION seed {result.seed}, arbiter {result.arbiter}: {result.violation}")
+    say(
+        f"VIOLATION seed {result.seed}, arbiter {result.arbiter}, {result.controllers}:"
+        f" {result.violation}"
+    )
     say(
         f"replay: python -m tests.sim --start {result.seed} --seeds 1"
-        f" --arbiter {result.arbiter} --trace"
+        f" --arbiter {result.arbiter} --controllers {result.controllers} --trace"
     )
 
 
 def main() -> int:
     """Run them; 0 when nothing was found."""
     asked = arguments()
-    arbiters = ARBITERS if asked.arbiter == "both" else (asked.arbiter,)
+    kinds = tuple(KNOWN) if asked.controllers == "both" else (asked.controllers,)
+    pairs = [(arbiter, kind) for kind in kinds for arbiter in KNOWN[kind]]
+    pairs = [each for each in pairs if asked.arbiter in ("all", each[0])]
     seeds = range(asked.start, asked.start + asked.seeds)
-    jobs = [(seed, arbiter, asked.trace) for seed in seeds for arbiter in arbiters]
+    jobs = [(seed, arbiter, kind, asked.trace) for seed in seeds for arbiter, kind in pairs]
     began_s = time.monotonic()
     count = found = faults = virtual_ms = 0
     totals: dict[str, int] = {}
@@ -69,7 +77,8 @@ def main() -> int:
         faults += result.faults
         virtual_ms += result.virtual_ms
         for name, value in result.counts.items():
-            totals[name] = totals.get(name, 0) + value
+            most = max if name.endswith("_max_ms") else int.__add__
+            totals[name] = most(totals.get(name, 0), value)
         if asked.trace:
             say("\n".join(result.trace))
         if result.violation:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from nbdmirror.core.describe import describe
 from nbdmirror.core.durable import NO_GENERATION
 from nbdmirror.core.superblock import DataState, Flags, PendingKind, Superblock
-from tests.sim.arbiter import NOBODY, Arbiter, Held
+from tests.sim.arbiter import LOST, NOBODY, Arbiter, Held
 from tests.sim.checks import Checker
 from tests.sim.host import Host
 from tests.sim.world import ViolationError
@@ -228,10 +228,10 @@ def is_split(s: Step) -> bool:
     """Rule 19: the side that waits after a split brain gives up its right as it records it."""
     return (
         Flags.SPLIT in s.after.flags
-        and s.record is None
+        and (s.record is None or s.forced)
         and s.keeps_line
         and s.keeps_pending
-        and s.lost == Flags.ALONE
+        and (s.lost == Flags.ALONE or (s.forced and bool(s.lost & Flags.ALONE)))
         and not s.gained
     )
 
@@ -353,6 +353,11 @@ class Abstract:
         assert before is not None
         assert self.arbiter is not None
         self.offer()
+        if LOST in (before, after):
+            # An empty store: nobody claims from that, and only a joint step ends it.
+            if after is not LOST and after.owner != NOBODY and not self.checker.forced:
+                raise ViolationError("model 11: a claim where no record was")
+            return
         written_as_it_was = (after.generation, after.owner) == (before.generation, before.owner)
         if self.checker.forced or written_as_it_was:
             return

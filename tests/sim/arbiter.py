@@ -14,6 +14,7 @@ from nbdmirror.core.cluster.claiming import Outcome, Read, Steps, Swap
 from nbdmirror.core.node import Node
 from nbdmirror.core.ports import Path
 from nbdmirror.errors import ArbiterError, NbdMirrorError
+from tests.sim.host import MIRROR_ID
 from tests.sim.world import World, sleep
 
 NOBODY = -1
@@ -26,6 +27,10 @@ class Held:
     counter: int
     generation: bytes
     owner: int
+
+
+LOST = Held(0, b"", NOBODY)
+"""What a store holds that was started again empty."""
 
 
 class Arbiter:
@@ -41,6 +46,11 @@ class Arbiter:
     def generation(self) -> bytes:
         """What the record names now, for the checks."""
         return self.held.generation
+
+    def lose(self) -> None:
+        """It is started again, empty."""
+        self.held = LOST
+        self.world.note("record: lost")
 
     def _way(self) -> Path:
         """One direction of a request; returns whether it got through."""
@@ -92,8 +102,10 @@ def node_id(life: Any) -> int:
     return int(life.node.sb.node_id)
 
 
-def at_arbiter(arbiter: Arbiter, node: Node, steps: Steps, slowly: Callable[[], Path]) -> Path:
-    """Drive one path; returns its Outcome.
+def at_arbiter(
+    arbiter: Arbiter, steps: Steps, slowly: Callable[[], Path], command: Callable[..., Path]
+) -> Path:
+    """Drive one path; returns its Outcome. `command` carries out what is for the engine.
 
     Raises:
         NbdMirrorError: as the path.
@@ -109,39 +121,40 @@ def at_arbiter(arbiter: Arbiter, node: Node, steps: Steps, slowly: Callable[[], 
         answer, error = None, None
         try:
             if isinstance(request, Read):
-                answer = yield from _read(arbiter, node)
+                answer = yield from read_record(arbiter)
             elif isinstance(request, Swap):
                 yield from slowly()
-                answer = yield from _swap(arbiter, request)
+                answer = yield from swap_record(arbiter, request.held, request.record)
             else:
-                answer = yield from _command(node, request.name, request.args)
+                answer = yield from command(request.name, **request.args)
         except NbdMirrorError as raised:
             error = raised
 
 
-def _read(arbiter: Arbiter, node: Node) -> Path:
+def read_record(arbiter: Arbiter) -> Path:
+    """What the store holds, in production's form; None: no record. Raises ArbiterError."""
     held = yield from arbiter.read()
     if held is None:
         raise ArbiterError("no answer")
+    if held is LOST:
+        return None
     owner = held.owner + 1
     return record.Held(
-        str(held.counter), record.Record(node.sb.mirror_id, held.counter, held.generation, owner)
+        str(held.counter), record.Record(MIRROR_ID, held.counter, held.generation, owner)
     )
 
 
-def _swap(arbiter: Arbiter, request: Swap) -> Path:
-    assert request.held is not None
-    wanted = request.record
-    done = yield from arbiter.swap(
-        int(request.held.version), wanted.counter, wanted.generation, wanted.owner - 1
-    )
+def swap_record(arbiter: Arbiter, held: record.Held | None, wanted: record.Record) -> Path:
+    """Replace what was read; returns whether it was there still. Raises ArbiterError."""
+    version = int(held.version) if held is not None else LOST.counter
+    done = yield from arbiter.swap(version, wanted.counter, wanted.generation, wanted.owner - 1)
     if done is None:
         raise ArbiterError("no answer")
     return done
 
 
-def _command(node: Node, name: str, args: dict[str, Any]) -> Path:
-    """As the engine's control socket does it."""
+def command_of(node: Node, name: str, **args: Any) -> Path:
+    """As the engine's control socket does it, for whoever commands without looking."""
     generation = bytes.fromhex(args["generation"])
     if "counter" in args:
         node.note_counter(args["counter"])

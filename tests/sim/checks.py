@@ -6,6 +6,7 @@ the one that acknowledges alone; a power cut takes a node out while another one 
 what is demanded to what was flushed when nobody else does (the fault atlas).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from nbdmirror.core.geometry import EXTENTS_PER_PAGE
@@ -13,7 +14,7 @@ from nbdmirror.core.node import Role
 from nbdmirror.core.session import Phase
 from nbdmirror.core.superblock import DataState, Flags, PendingKind, Superblock
 from nbdmirror.limits import MAP_OFFSET_BYTES, MAP_PAGE_HEADER_BYTES
-from tests.sim import kept
+from tests.sim import force, kept
 from tests.sim.copies import Copies, is_quiet
 from tests.sim.disk import BLOCK_BYTES, SECTOR_BYTES, Blocks
 from tests.sim.history import Bound, History, Record
@@ -35,7 +36,15 @@ class Checker(Copies):
         self.lost_by_fault = [False, False]
         self.alone_acks = [False, False]
         self.forced = False
+        # Forced while the other one may live, or against a record: which of them counts is known
+        # when both are in sync again, and no earlier.
+        self.open_force = False
+        # Whose copy an operator gives up, where that is judged by what is stored.
+        self.gives_up: int | None = None
+        self.force_is_stored = False
         self.record: Any = None
+        # Of whoever judges the controllers: a node takes the right, or becomes primary.
+        self.on_serving: Callable[[Host], None] = lambda _host: None
         self.counts = {
             "acked": 0, "alone": 0, "flushes": 0, "reads": 0, "syncs": 0, "joints": 0,
             "covers": 0, "stale_reads": 0, "lowered": 0, "unknown": 0, "splits": 0, "equal": 0,
@@ -284,6 +293,7 @@ class Checker(Copies):
     def operator_decided(self, keeper: Host) -> None:
         """An operator declared one copy the truth (discard of the other, force on this one)."""
         self.history.rebase(keeper.data.cache)
+        self.open_force = False
         self.split = False
         self.alone_acks = [False, False]
         self.alone_acks[keeper.index] = True
@@ -326,6 +336,7 @@ class Checker(Copies):
 
     def _promoted(self, host: Host) -> None:
         other = self.other(host)
+        self.on_serving(host)
         if host.sb.data_state is not DataState.UPTODATE:
             self.fail(f"B4: {host.name} became primary as {host.sb.data_state.name}")
         if self.split or self.forced:
@@ -356,6 +367,7 @@ class Checker(Copies):
         self.counts["syncs"] += 1
         for host in self.hosts:
             self.check_kept(host, "in sync")
+        force.ends(self)
         if self.split:
             self.fail("B9: a split brain ended without an operator")
         for host in self.hosts:
@@ -376,6 +388,7 @@ class Checker(Copies):
     def superblock_stored(self, host: Host, before: Superblock, after: Superblock) -> None:
         """A superblock is durable in both slots."""
         other = self.other(host)
+        force.stored(self, host, before, after)
         if after.data_state is DataState.INCONSISTENT is not before.data_state:
             self._written_off(host)
         if after.generation != before.generation:
@@ -480,6 +493,7 @@ class Checker(Copies):
     def _right_taken(self, host: Host) -> None:
         """B1, and rule 10: freeze, flush, then the right."""
         index, other = host.index, self.other(host)
+        self.on_serving(host)
         if self.memory and self._had_right[1 - index] and not self.forced:
             nodes = [h.node for h in self.hosts]
             if all(n is not None and n.role is Role.PRIMARY for n in nodes):

@@ -23,7 +23,7 @@ from nbdmirror.core.superblock import DataState, Flags
 from nbdmirror.core.view import node_view, state_message
 from nbdmirror.errors import NbdMirrorError
 from nbdmirror.limits import MIB, SILENCE_MS
-from tests.sim.arbiter import Arbiter, Held, at_arbiter, node_id
+from tests.sim.arbiter import Arbiter, Held, at_arbiter, command_of, node_id
 from tests.sim.checks import Checker
 from tests.sim.host import EngineLife, Host
 from tests.sim.net import Network
@@ -260,7 +260,10 @@ class Commander:
         claimant = self._claimants.setdefault(life, Claimant(life.node.sb.mirror_id, node_id(life)))
         try:
             outcome = yield from at_arbiter(
-                self.arbiter, life.node, path(claimant, describe(life.node)), self._slowly
+                self.arbiter,
+                path(claimant, describe(life.node)),
+                self._slowly,
+                partial(command_of, life.node),
             )
         except NbdMirrorError as error:
             self.world.note(f"{life.name} {name}: {error}")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from nbdmirror.core import roles
 from nbdmirror.core.node import Role
 from nbdmirror.core.ports import Path
+from tests.sim.arbiter import Arbiter
 from tests.sim.checks import Checker
 from tests.sim.commander import Commander
 from tests.sim.disk import CHANGES, OPERATIONS, SimFile
@@ -21,6 +22,9 @@ from tests.sim.world import World, sleep
 class Faults:
     """The faults of one run."""
 
+    arbiter: Arbiter | None
+    kinds: list[Callable[[], Path | None]]
+
     def __init__(
         self,
         world: World,
@@ -29,26 +33,10 @@ class Faults:
         checker: Checker,
         commander: Commander,
     ) -> None:
-        self.world = world
-        self.hosts = hosts
-        self.net = net
-        self.checker = checker
+        self._begin(world, hosts, net, checker)
         self.commander = commander
-        self.rng = world.rng["faults"]
-        self.count = 0
-        self.stopped = False
-        self.kinds: list[Callable[[], Path | None]] = [
-            self.kill, self.kill, self.power, self.power, self.power_both, self.cut, self.cut,
-            self.cut_one_way, self.flap, self.reset, self.reset, self.pause, self.pause,
-            self.slow_net, self.slow_disk, self.held_write, self.held_call, self.sync_error,
-            self.write_error, self.no_space, self.not_offered, self.read_error, self.full_disk,
-            self.bad_disk, self.meta_error,
-            self.swap, self.swap, self.demote, self.stop, self.stop,
-            self.drain, self.compare_all, self.arbiter_down, self.slow_disk_power,
-        ]  # fmt: skip
-        weights = [self.rng.choice((0, 1, 1, 3)) for _ in self.kinds]
-        self.weights = weights if sum(weights) else [1] * len(weights)
-        self.gap_ms = self.rng.choice((150, 600, 2000))
+        self.arbiter = commander.arbiter
+        self._draw()
         # Some seeds with a memory are about primaries that do not know that they are deposed.
         self.deposes = commander.arbiter is not None and world.rng["lease"].random() < 0.25
         # The record decides who goes on, and no engine relies on its peer's patience.
@@ -59,6 +47,34 @@ class Faults:
                 self.pause, self.reset, self.cut_one_way, self.swap, self.kill, self.slow_disk,
             ]  # fmt: skip
             self.weights = [4, 4, 4, 4, 1, 1, 1, 1, 1, 1]
+
+    def _begin(
+        self, world: World, hosts: tuple[Host, Host], net: Network, checker: Checker
+    ) -> None:
+        self.world = world
+        self.hosts = hosts
+        self.net = net
+        self.checker = checker
+        self.rng = world.rng["faults"]
+        self.count = 0
+        self.stopped = False
+        self.deposes = False
+        self.start: Callable[[Host], None] = Host.start
+        self.kinds = [
+            self.kill, self.kill, self.power, self.power, self.power_both, self.cut, self.cut,
+            self.cut_one_way, self.flap, self.reset, self.reset, self.pause, self.pause,
+            self.slow_net, self.slow_disk, self.held_write, self.held_call, self.sync_error,
+            self.write_error, self.no_space, self.not_offered, self.read_error, self.full_disk,
+            self.bad_disk, self.meta_error,
+            self.swap, self.swap, self.demote, self.stop, self.stop,
+            self.drain, self.compare_all, self.arbiter_down, self.slow_disk_power,
+        ]  # fmt: skip
+
+    def _draw(self) -> None:
+        """How often each kind comes, and how soon the next one."""
+        weights = [self.rng.choice((0, 1, 1, 3)) for _ in self.kinds]
+        self.weights = weights if sum(weights) else [1] * len(weights)
+        self.gap_ms = self.rng.choice((150, 600, 2000))
 
     def script(self) -> Path:
         """One fault after another."""
@@ -77,7 +93,7 @@ class Faults:
         return self.rng.choice(self.hosts)
 
     def _start_later(self, host: Host, low_ms: int = 20, high_ms: int = 4000) -> None:
-        self.world.at(self.rng.randrange(low_ms, high_ms), self.world.life, host.start)
+        self.world.at(self.rng.randrange(low_ms, high_ms), self.world.life, self.start, host)
 
     def _primary(self) -> Host | None:
         serving = [h for h in self.hosts if h.node is not None and h.node.role is Role.PRIMARY]
@@ -316,12 +332,12 @@ class Faults:
 
     def arbiter_down(self) -> Path | None:
         """The arbiter does not answer for a while."""
-        if self.commander.arbiter is None:
+        if self.arbiter is None:
             return None
         return self._arbiter_down()
 
     def _arbiter_down(self) -> Path:
-        arbiter = self.commander.arbiter
+        arbiter = self.arbiter
         assert arbiter is not None
         arbiter.down = True
         yield (sleep, self.rng.randrange(100, 8000))

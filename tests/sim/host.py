@@ -65,6 +65,10 @@ class Host:
         # Whoever speaks for the dead engine, and holds the lock of its metadata meanwhile.
         self.speaker: Life | None = None
         self.on_kill: Callable[[Host], None] | None = None
+        # Of a controller that watches the engine's process and follows its events.
+        self.on_end: Callable[[], None] = lambda: None
+        self.on_power: Callable[[], None] = lambda: None
+        self.on_event: Callable[[], None] = lambda: None
 
     def _random(self, count: int) -> bytes:
         return self.world.rng["shell"].randbytes(count)
@@ -152,6 +156,10 @@ class Host:
         self.checker.ended_life(self, power=power)
         if life is not None and not power and self.on_kill is not None:
             self.on_kill(self)
+        if life is not None:
+            self.on_end()
+        if power:
+            self.on_power()
 
     def crash(self, *, power: bool) -> None:
         """A fault ends the engine, with its page cache or without.
@@ -161,6 +169,16 @@ class Host:
         """
         unmarked = self.data.failed and Flags.FAILED not in self.sb.flags
         self.end(power=power or unmarked)
+
+    def store_begins(self, superblock: Superblock) -> None:
+        """A superblock is about to be stored, by the engine or by whoever speaks for it."""
+        if self.on_begin is not None:
+            self.on_begin(self.index, superblock)
+
+    def stored(self, superblock: Superblock) -> None:
+        """A superblock is durable in both slots."""
+        before, self.sb = self.sb, superblock
+        self.checker.superblock_stored(self, before, superblock)
 
     def pause(self, duration_ms: int) -> None:
         """Run nothing of the engine for a while."""
@@ -188,7 +206,7 @@ class EngineLife(Life):
         )
         self.store.on_write = self._on_write
         meta = SimMeta(host.meta, GEOMETRY.metadata_bytes)
-        meta.on_begin, meta.on_store = self._on_begin, self._on_store
+        meta.on_begin, meta.on_store = host.store_begins, host.stored
         self.opened = opened
         self.node = Node(self, self.store, meta, opened, host.settings, instance)
         node = self.node
@@ -253,14 +271,6 @@ class EngineLife(Life):
         self.host.checker.evicted(self.host, len(regions))
         self._drop(regions)
 
-    def _on_begin(self, superblock: Superblock) -> None:
-        if self.host.on_begin is not None:
-            self.host.on_begin(self.host.index, superblock)
-
-    def _on_store(self, superblock: Superblock) -> None:
-        before, self.host.sb = self.host.sb, superblock
-        self.host.checker.superblock_stored(self.host, before, superblock)
-
     # --- the shell port -------------------------------------------------------------------------
 
     def waiter(self) -> SimWaiter:
@@ -291,6 +301,7 @@ class EngineLife(Life):
         told = " ".join(f"{name}={value}" for name, value in facts.items())
         self.world.note(f"{self.name} {kind} {told}")
         self.host.checker.emitted(self.host, kind, facts)
+        self.host.on_event()
 
     def command(
         self, name: str, path: Path, done: Callable[[Any, Exception | None], None] | None = None

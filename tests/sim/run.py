@@ -16,17 +16,26 @@ from tests.sim.arbiter import Arbiter
 from tests.sim.checks import Checker
 from tests.sim.client import Client
 from tests.sim.commander import Commander
+from tests.sim.conducted import Pair
 from tests.sim.faults import Faults
+from tests.sim.faults_conducted import ConductedFaults
 from tests.sim.host import Host
 from tests.sim.net import Network
+from tests.sim.operator import Operator
+from tests.sim.watch import Watch
 from tests.sim.words import Words
 from tests.sim.world import ViolationError, World
 
 ARBITERS = ("none", "memory")
+ALL_ARBITERS = ("none", "ping", "memory")
+KINDS = {"none": ArbiterKind.NONE, "ping": ArbiterKind.PING, "memory": ArbiterKind.ETCD}
+# Who commands the engines: the simulator's own simple controllers, or production's. The first know
+# no router, so with them `ping` would be `none`.
+SIMPLE, PRODUCTION = "simple", "production"
+KNOWN = {SIMPLE: ARBITERS, PRODUCTION: ALL_ARBITERS}
 STEPS_MAX = 2_000_000
-CALM_MS = 90_000
-# Seed, arbiter, whether to keep the whole trace.
-Job: TypeAlias = tuple[int, str, bool]
+# Seed, arbiter, controllers, whether to keep the whole trace.
+Job: TypeAlias = tuple[int, str, str, bool]
 
 
 @dataclass
@@ -35,6 +44,7 @@ class Result:
 
     seed: int
     arbiter: str
+    controllers: str = SIMPLE
     digest: str = ""
     steps: int = 0
     virtual_ms: int = 0
@@ -45,7 +55,11 @@ class Result:
 
 
 class Simulation:
-    """The parts of one run, put together."""
+    """The parts of one run, put together, with simple controllers."""
+
+    controllers = SIMPLE
+    rest_ms = 2_500
+    calm_ms = 90_000
 
     def __init__(self, seed: int, arbiter: str, *, keep_trace: bool = False) -> None:
         self.world = world = World(seed, keep_trace=keep_trace)
@@ -56,7 +70,8 @@ class Simulation:
         hosts[0].peer, hosts[1].peer = hosts[1], hosts[0]
         checker.hosts = hosts
         rng = world.rng["setup"]
-        kind = ArbiterKind.ETCD if memory else ArbiterKind.NONE
+        kind = KINDS[arbiter]
+        self.kind = arbiter
         zeroed = rng.random() < 0.6
         settings = Settings(
             flush_bytes=rng.choice((64 * 1024, MIB, 64 * MIB)),
@@ -78,19 +93,26 @@ class Simulation:
         self.arbiter = Arbiter(world, hosts[0].sb.generation, 0) if memory else None
         checker.record = self.arbiter
         self.abstract = Abstract(hosts, self.arbiter, checker)
+        self.slots = 0
+        self.client = Client(world, hosts, checker)
+        self._command()
+        world.after_step = self.after_step
+
+    def _command(self) -> None:
+        """Whoever commands the engines, and what goes wrong."""
+        world, hosts, net, checker = self.world, self.hosts, self.net, self.checker
+        rng = world.rng["setup"]
         self.commander = Commander(world, hosts, net, checker, self.arbiter)
         self.words = self.commander.words = Words(world, self.abstract.answered)
         for host in hosts:
             host.on_start = self.commander.attach
             host.on_kill = self.words.engine_killed
-        self.client = Client(world, hosts, checker)
         self.faults = Faults(world, hosts, net, checker, self.commander)
         self.chaos_ms = rng.choice((3_000, 6_000, 10_000))
         if self.faults.deposes:
             # A take-over takes seconds.
             self.chaos_ms *= 4
         self.slots = rng.choice((1, 3, 5))
-        world.after_step = self.after_step
 
     def after_step(self) -> None:
         """Every event is followed by the checks."""
@@ -138,20 +160,22 @@ class Simulation:
     def settle(self) -> None:
         """Run until both are in sync and idle, or complain (E1)."""
         world, checker = self.world, self.checker
-        limit_ms = world.now_ms + CALM_MS
+        limit_ms = world.now_ms + self.calm_ms
         while world.now_ms < limit_ms:
             world.run(world.now_ms + 400)
             if world.steps > STEPS_MAX:
                 checker.fail(f"E: {world.steps} events and no end")
-            if checker.both_synced() and self.is_idle():
+            if checker.both_synced() and self.is_idle() and not self.unrest():
                 break
         else:
-            checker.fail(f"E1: not in sync {CALM_MS} ms after the last fault: {self.describe()}")
-        world.run(world.now_ms + 2_500)
+            checker.fail(
+                f"E1: not in sync {self.calm_ms} ms after the last fault: {self.describe()}"
+            )
+        world.run(world.now_ms + self.rest_ms)
         # The last flush of the background may be under way at this moment.
         world.run(world.now_ms + 2_000, self.is_idle)
         checker.check_cover()
-        if not checker.both_synced() or not self.is_idle():
+        if not checker.both_synced() or not self.is_idle() or self.unrest():
             checker.fail(f"E1: did not stay in sync: {self.describe()}")
         if checker.different():
             checker.fail(f"C10: blocks {checker.different()[:8]} differ at the end")
@@ -160,6 +184,10 @@ class Simulation:
             missing = checker.history.missing(host.data.cache, checker.history.bound)
             if missing:
                 checker.fail(f"A1: {host.name} lacks {missing[:3]} at the end")
+
+    def unrest(self) -> str:
+        """What else is not as it has to be in the end."""
+        return ""
 
     def is_idle(self) -> bool:
         """Nothing in flight, nothing dirty, no client waiting; no sync that hangs, nor one that did
@@ -191,26 +219,110 @@ class Simulation:
             )
         return f"clients waiting: {self.client.busy_count}; " + "; ".join(told)
 
+    def counts(self) -> dict[str, int]:
+        """What happened how often."""
+        return self.checker.counts | self.words.counts | self.abstract.counts()
+
     def result(self) -> Result:
         """What was done so far."""
         world = self.world
         return Result(
             seed=world.seed,
-            arbiter="memory" if self.arbiter is not None else "none",
+            arbiter=self.kind,
+            controllers=self.controllers,
             digest=world.digest(),
             steps=world.steps,
             virtual_ms=world.now_ms,
             faults=self.faults.count,
-            counts=self.checker.counts
-            | self.words.counts
-            | self.abstract.counts()
-            | {"power_cuts": sum(host.power_count for host in self.hosts)},
+            counts=self.counts() | {"power_cuts": sum(host.power_count for host in self.hosts)},
         )
 
 
-def run_seed(seed: int, arbiter: str, *, keep_trace: bool = False) -> Result:
+class Conducted(Simulation):
+    """The same engines, clients and disks, with production's controllers."""
+
+    controllers = PRODUCTION
+    rest_ms = 6_000
+    calm_ms = 60_000
+
+    def _command(self) -> None:
+        world, hosts, checker = self.world, self.hosts, self.checker
+        rng = world.rng["setup"]
+        self.pair = Pair(world, hosts, self.arbiter, self.kind)
+        self.pair.on_stay = self.abstract.answered
+        self.pair.on_force = self._forces
+        checker.force_is_stored = True
+        self.operator = Operator(world, self.pair, checker)
+        self.watch = Watch(world, self.pair, checker)
+        self.faults = ConductedFaults(
+            world, hosts, self.net, checker, pair=self.pair, operator=self.operator
+        )
+        self.chaos_ms = rng.choice((5_000, 8_000, 14_000))
+        self.slots = rng.choice((1, 2, 3))
+
+    def _forces(self) -> None:
+        self.checker.forced = True
+
+    def start(self) -> None:
+        """Both controllers, the operator, the clients."""
+        world = self.world
+        for host in self.hosts:
+            world.at(world.rng["setup"].randrange(500), world.life, self.pair.boot, host)
+        world.spawn(world.life, "operator", self.operator.run())
+        self.watch.tick()
+        self.client.start(self.slots)
+
+    def calm(self) -> None:
+        """No more faults; everything that is broken is repaired."""
+        world, pair = self.world, self.pair
+        world.note("calm")
+        self.faults.stopped = True
+        pair.sane = self.operator.sane = True
+        world.run(world.now_ms + 2_000)
+        self.net.slow = False
+        self.net.heal()
+        pair.air.calm()
+        pair.cut_off = [False, False]
+        pair.slow = 0.0
+        if self.arbiter is not None:
+            self.arbiter.down = self.arbiter.unreliable = False
+        for host, node in zip(self.hosts, pair.nodes, strict=True):
+            host.data.slow_factor = host.meta.slow_factor = 1
+            host.data.heal()
+            host.meta.heal()
+            node.router_cut = node.checker_down = False
+            node.application.fails = node.application.hangs = node.application.sticks = 0.0
+            node.boot()
+        world.run(world.now_ms + 1_500)
+        self.watch.promotions_after_calm = 0
+        self.client.stopped = True
+
+    def unrest(self) -> str:
+        """Why this is not exactly one node that serves, with a ready second."""
+        return self.watch.unrest()
+
+    def describe(self) -> str:
+        """Both nodes, with what their controllers say."""
+        told = [f"unrest: {self.unrest()}"]
+        for node in self.pair.nodes:
+            c = node.controller
+            said = f"[{c.decision.row}] {c.decision.reason}" if c is not None else "none"
+            told.append(f"controller {node.host.name}: {said}")
+        return "; ".join((*told, super().describe()))
+
+    def counts(self) -> dict[str, int]:
+        """What happened how often."""
+        rows = {f"row {name}": count for name, count in self.pair.rows.items()}
+        mine = self.pair.counts | self.operator.counts | self.watch.counts
+        return self.checker.counts | self.abstract.counts() | mine | rows
+
+
+def run_seed(
+    seed: int, arbiter: str, controllers: str = SIMPLE, *, keep_trace: bool = False
+) -> Result:
     """Run one seed; a violation, or any exception of the core, is in the result."""
-    simulation = Simulation(seed, arbiter, keep_trace=keep_trace)
+    made = Simulation if controllers == SIMPLE else Conducted
+    simulation = made(seed, arbiter, keep_trace=keep_trace)
     violation = ""
     try:
         simulation.start()
@@ -230,4 +342,4 @@ def run_seed(seed: int, arbiter: str, *, keep_trace: bool = False) -> Result:
 
 def run_job(job: Job) -> Result:
     """The same for another process."""
-    return run_seed(job[0], job[1], keep_trace=job[2])
+    return run_seed(job[0], job[1], job[2], keep_trace=job[3])

@@ -2,9 +2,11 @@
 
 import traceback
 from collections.abc import Callable
+from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
+from tests.sim import sequences_conducted as conducted
 from tests.sim import sequences_crashes as crashes
 from tests.sim import sequences_disk as disk
 from tests.sim import sequences_hangs as hangs
@@ -14,6 +16,7 @@ from tests.sim import sequences_machines as machines
 from tests.sim import sequences_mutants as shown
 from tests.sim import sequences_reads as reads
 from tests.sim import sequences_words as words
+from tests.sim.conducted_scene import Stage
 from tests.sim.sequences_scene import Scene
 
 
@@ -23,11 +26,18 @@ class Sequence:
 
     name: str
     arbiter: str
-    script: Callable[[Scene], None]
+    script: Callable[[Any], None]
+    stage: Callable[[str], Scene | Stage] = Scene
 
 
 def _named(arbiter: str, *scripts: Callable[[Scene], None]) -> dict[str, Sequence]:
     return {s.__name__: Sequence(s.__name__, arbiter, s) for s in scripts}
+
+
+def _conducted(arbiter: str, scripts: Sequence_[Callable[[Stage], None]]) -> dict[str, Sequence]:
+    """With production's controllers; the same script runs under several arbiters."""
+    names = [f"{s.__name__}-{arbiter}" for s in scripts]
+    return {name: Sequence(name, arbiter, s, Stage) for name, s in zip(names, scripts, strict=True)}
 
 
 SEQUENCES: Final = {
@@ -105,14 +115,17 @@ SEQUENCES: Final = {
         reads.long_read_locks_nothing, reads.swap_waits_for_nothing, reads.word_waits_for_nothing,
         reads.clock_that_stood_still, reads.reads_share_an_echo, reads.no_session_without_a_lease,
     ),
+    **_conducted("none", conducted.EVERYWHERE + conducted.NONE),
+    **_conducted("ping", conducted.EVERYWHERE + conducted.PING),
+    **_conducted("memory", conducted.EVERYWHERE + conducted.MEMORY),
 }  # fmt: skip
 
 
 def play(sequence: Sequence) -> str:
     """Play it; returns what went wrong, with the end of the trace, or ""."""
-    scene: Scene | None = None
+    scene: Scene | Stage | None = None
     try:
-        scene = Scene(sequence.arbiter)
+        scene = sequence.stage(sequence.arbiter)
         sequence.script(scene)
     except Exception as error:  # noqa: BLE001 - whatever is raised is what went wrong
         told = list(scene.world.tail)[-40:] if scene is not None else []

@@ -13,7 +13,7 @@ from dataclasses import replace
 from nbdmirror.core import roles
 from nbdmirror.core.leave import Word, left, reason_not_to_speak
 from nbdmirror.core.ports import Path
-from nbdmirror.core.superblock import Superblock, choose
+from nbdmirror.core.superblock import choose
 from nbdmirror.errors import NbdMirrorError
 from tests.sim.disk import SimMeta
 from tests.sim.host import GEOMETRY, EngineLife, Host
@@ -99,8 +99,7 @@ class Words:
     def speak(self, host: Host) -> Path:
         """Ask, mark the dead engine's copy as behind, say so."""
         meta = SimMeta(host.meta, GEOMETRY.metadata_bytes)
-        meta.on_begin = lambda sb: self._on_begin(host, sb)
-        meta.on_store = lambda sb: self._on_store(host, sb)
+        meta.on_begin, meta.on_store = host.store_begins, host.stored
         try:
             chosen = choose(*meta.read_slots())
             sb = chosen.superblock
@@ -118,14 +117,6 @@ class Words:
         self.world.note(f"{host.name} is marked as behind")
         self.counts["spoken"] += 1
         yield from self.tell(host, word)
-
-    def _on_begin(self, host: Host, sb: Superblock) -> None:
-        if host.on_begin is not None:
-            host.on_begin(host.index, sb)
-
-    def _on_store(self, host: Host, sb: Superblock) -> None:
-        before, host.sb = host.sb, sb
-        host.checker.superblock_stored(host, before, sb)
 
     # --- for a living engine --------------------------------------------------------------------
 

@@ -22,17 +22,9 @@ from nbdmirror.errors import NbdMirrorError
 
 TRACE_TAIL_COUNT = 400
 CONCERNS = (
-    "net",
-    "disk",
-    "client",
-    "faults",
-    "schedule",
-    "shell",
-    "command",
-    "setup",
-    "lease",
-    "integrity",
-)
+    "net", "disk", "client", "faults", "schedule", "shell", "command", "setup", "lease", "integrity",
+    "beats", "conduct", "operator", "service",
+)  # fmt: skip
 
 
 class ViolationError(Exception):

@@ -7,12 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from tests.sim.mutants.arbiter import ARBITER
 from tests.sim.mutants.data import DATA
 from tests.sim.mutants.mutant import Mutant, OutOfDateError
+from tests.sim.mutants.policy import POLICY
 from tests.sim.mutants.reads import READS
 from tests.sim.mutants.rights import RIGHTS
 from tests.sim.mutants.runner import Outcome, try_mutant
 from tests.sim.sequences import SEQUENCES
 
-MUTANTS = DATA + RIGHTS + ARBITER + READS
+MUTANTS = DATA + RIGHTS + ARBITER + READS + POLICY
 
 
 def arguments() -> argparse.Namespace:

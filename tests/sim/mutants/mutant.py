@@ -28,9 +28,10 @@ class Mutant:
     """One rule taken away.
 
     `rule` is its number in docs/safety.md, `why` says what breaks in the field. `sequences` names
-    directed sequences that show it, tried before the seeds of `arbiters`. `quick` mutants are
-    tried by every run of the tests. `defence` takes out what else guards the same: with it in
-    place nothing can show, and without it alone the sequences have to end well.
+    directed sequences that show it, tried before the seeds of `arbiters`, whose engines are
+    commanded by `controllers`. `quick` mutants are tried by every run of the tests. `defence` takes
+    out what else guards the same: with it in place nothing can show, and without it alone the
+    sequences have to end well.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Mutant:
     arbiters: tuple[str, ...] = ("none", "memory")
     sequences: tuple[str, ...] = ()
     defence: tuple[Edit, ...] = ()
+    controllers: str = "simple"
     quick: bool = False
     budget_count: int = SEEDS_BUDGET_COUNT
 

@@ -65,9 +65,9 @@ def ask(root: Path, asked: dict[str, Any], timeout_s: float) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=4096)
-def is_clean(seed: int, arbiter: str) -> bool:
+def is_clean(seed: int, arbiter: str, controllers: str) -> bool:
     """Whether the unchanged sources pass this seed."""
-    return not run_seed(seed, arbiter).violation
+    return not run_seed(seed, arbiter, controllers).violation
 
 
 def try_mutant(
@@ -86,12 +86,18 @@ def try_mutant(
         copy_sources(root)
         apply(mutant, root)
         skip: list[tuple[int, str]] = []
-        asked = {"sequences": names, "arbiters": mutant.arbiters, "start": start, "count": count}
+        asked = {
+            "sequences": names,
+            "arbiters": mutant.arbiters,
+            "controllers": mutant.controllers,
+            "start": start,
+            "count": count,
+        }
         while True:
             timeout_s = SEED_BOUND_S * (1 + count)
             found = ask(root, {**asked, "skip": skip}, timeout_s)
             seed = found.get("seed")
-            if seed is None or is_clean(seed, found["arbiter"]):
+            if seed is None or is_clean(seed, found["arbiter"], mutant.controllers):
                 break
             skip.append((seed, found["arbiter"]))
             asked = {**asked, "sequences": (), "start": seed, "count": start + count - seed}

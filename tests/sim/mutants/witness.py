@@ -46,7 +46,7 @@ def by_seeds(asked: dict[str, Any]) -> dict[str, Any] | None:
             if [seed, arbiter] in asked["skip"]:
                 continue
             bound()
-            result = run_seed(seed, arbiter)
+            result = run_seed(seed, arbiter, asked["controllers"])
             if result.violation:
                 return {"seed": seed, "arbiter": arbiter, "violation": result.violation}
     return None
