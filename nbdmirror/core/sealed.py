@@ -52,9 +52,13 @@ class FrameSender:
 
     def control(self, message: Message) -> bytes:
         """A whole CONTROL frame."""
+        return self.control_of(encode(message))
+
+    def control_of(self, payload: bytes) -> bytes:
+        """A whole CONTROL frame of a message that is bytes already."""
         seq = self._control_seq
         self._control_seq = seq + 1
-        return encode_control(encode(message), self._session, seq, self._seed, self._mac_key)
+        return encode_control(payload, self._session, seq, self._seed, self._mac_key)
 
     def encode(
         self, kind: FrameType, flags: int, seq: int, offset: int, aux: int, payload: ReadBuffer
@@ -76,11 +80,11 @@ class SealedSender(FrameSender):
         self._frame_key = established.send_frame_key
         self._number = 1
 
-    def control(self, message: Message) -> bytes:
+    def control_of(self, payload: bytes) -> bytes:
         """A whole CONTROL frame; its own code stays where it is, at its end."""
-        frame = super().control(message)
-        payload = frame[HEADER_BYTES:]
-        return self._sealed(frame[:HEADER_BYTES], payload) + payload
+        frame = super().control_of(payload)
+        body = frame[HEADER_BYTES:]
+        return self._sealed(frame[:HEADER_BYTES], body) + body
 
     def encode(
         self, kind: FrameType, flags: int, seq: int, offset: int, aux: int, payload: ReadBuffer

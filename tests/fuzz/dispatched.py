@@ -12,11 +12,10 @@ from contextlib import suppress
 from random import Random
 from typing import Final
 
-from nbdmirror.core.checks import crc32c
 from nbdmirror.core.messages import encode
 from nbdmirror.core.node import Role
 from nbdmirror.core.session import Session
-from nbdmirror.core.wire import FrameType, encode_control, encode_header
+from nbdmirror.core.wire import FrameType
 from nbdmirror.errors import PeerProtocolError
 from tests.fuzz.channel import MESSAGES
 from tests.fuzz.mutate import changed_bytes
@@ -83,7 +82,7 @@ def serves(made: Simulation) -> bool:
 
 def frames(session: Session, sender: End, data: bytes) -> bytes:
     """The bytes of a script, as the peer of this session would send them."""
-    channel = sender.channel
+    makes = sender.channel._sender
     out, at, steps = b"", 0, 0
     seq = session.applied_seq
     while at + STEP.size <= len(data) and steps < STEPS_MAX:
@@ -91,20 +90,14 @@ def frames(session: Session, sender: End, data: bytes) -> bytes:
         payload = data[at + STEP.size :][:count]
         at += STEP.size + count
         steps += 1
-        number, seed = channel._session, channel._seed
+        assert makes is not None, "a session is there"
         if kind == FrameType.CONTROL:
-            control = channel._control_seq
-            channel._control_seq += 1
-            out += encode_control(payload, number, control, seed, channel._mac_key)
+            out += makes.control_of(payload)
             continue
         seq = max(0, seq + more)
-        crc = crc32c(payload, seed) if payload else 0
-        out += (
-            encode_header(
-                kind, flags, len(payload), number, seq, place * SECTOR, span * SECTOR, crc, seed
-            )
-            + payload
-        )
+        # Also of a type that there is none of.
+        header = makes.encode(kind, flags, seq, place * SECTOR, span * SECTOR, payload)
+        out += header + payload
     return out
 
 

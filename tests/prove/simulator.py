@@ -10,7 +10,7 @@ from time import monotonic
 from typing import Final
 
 from tests.prove.campaign import Outcome
-from tests.sim.run import ARBITERS, Job, Result, run_job
+from tests.sim.run import KNOWN, Job, Result, run_job
 
 SEED_MAX: Final = 1 << 40
 # Of the counts of a run: answers to clients that were judged.
@@ -19,12 +19,13 @@ TRACE_LINES: Final = 20
 
 
 def jobs(start: int, until: float) -> Iterator[Job]:
-    """Seeds as long as there is time, each under every arbiter."""
+    """Seeds as long as there is time, each under every arbiter and kind of controllers."""
     for seed in count(start):
-        for arbiter in ARBITERS:
-            if monotonic() > until:
-                return
-            yield seed, arbiter, False
+        for controllers, arbiters in KNOWN.items():
+            for arbiter in arbiters:
+                if monotonic() > until:
+                    return
+                yield seed, arbiter, controllers, False
 
 
 class Simulator:

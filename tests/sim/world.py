@@ -22,8 +22,8 @@ from nbdmirror.errors import NbdMirrorError
 
 TRACE_TAIL_COUNT = 400
 CONCERNS = (
-    "net", "disk", "client", "faults", "schedule", "shell", "command", "setup", "lease", "integrity",
-    "beats", "conduct", "operator", "service",
+    "net", "disk", "client", "faults", "schedule", "shell", "command", "setup", "lease",
+    "integrity", "beats", "conduct", "operator", "service",
 )  # fmt: skip
 
 
