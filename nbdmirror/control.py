@@ -58,6 +58,10 @@ class Commanded(Protocol):
         """Try to reach the peer now. From any thread."""
         ...
 
+    def begin_stand_in(self) -> None:
+        """See engine.py; nothing if it stands in already, or the arbiter has no memory."""
+        ...
+
     def demote(self, guard: Guard) -> None:
         """Stop serving, if `guard` still allows it; blocks until the clients are gone."""
         ...
@@ -375,6 +379,7 @@ class ControlServer:
             self._engine.node, kind, identity, counter, meet=bool(args.get("meet", False))
         )
         self._drive(guard(path))
+        self._engine.begin_stand_in()
         self._engine.hurry()
         return self._state(args)
 

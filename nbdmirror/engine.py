@@ -87,6 +87,7 @@ class Engine:
         self._pace_next_s = 0.0
         self._started = threading.Event()
         self._start_error: BaseException | None = None
+        self._stands_in = False
         self._clients_at: list[Any] = []
         self._looks = 0
         self._unproven = ""
@@ -119,7 +120,12 @@ class Engine:
             raise self._start_error
         journal = self.events.write_for_ever
         threading.Thread(target=journal, name="nbdmirror-journal", daemon=True).start()
-        if self.node.arbiter_has_memory:
+        self.begin_stand_in()
+
+    def begin_stand_in(self) -> None:
+        """With an arbiter that has a memory reads hang on the echoes: see receiver.py. Once."""
+        if self.node.arbiter_has_memory and not self._stands_in:
+            self._stands_in = True
             echoes = self.receiver.stand_in_for_ever
             threading.Thread(target=echoes, name="nbdmirror-echoes", daemon=True).start()
 

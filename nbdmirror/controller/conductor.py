@@ -98,7 +98,7 @@ class Conductor:
         self.view = View(self.settings)
         self._looked_ms = 0.0
         self._polls_lost = 0
-        self.died_serving = False
+        self.died_serving = self.gave_way = False
         self.spoken = True
         self.questions = Questions(boottime_ms)
         self.scribe = Scribe(self, mirror_id)
@@ -391,12 +391,12 @@ class Conductor:
         self.service.leave(served=engine is not None and engine.primary and not engine.frozen)
 
     async def _promote(self) -> None:
-        self._promoting = True
+        self._promoting, forced = True, self.orders.force
         try:
-            await self.command("promote", force=self.orders.force)
+            await self.command("promote", force=forced)
         finally:
             self._promoting = False
-        if self.orders.force:
+        if forced:
             await self._look()  # the record is written as what this node is by now
             await self._meanwhile(self.scribe.force())
         self.orders.promoted()
@@ -404,6 +404,7 @@ class Conductor:
 
     async def _demote(self) -> None:
         await self.command("demote")
+        self.gave_way = policy.gives_way(self.view)
         if self.orders.order is not None:
             self.switches.change(served=False)
 

@@ -7,9 +7,11 @@ never begin unless both nodes are in sync, or let a node ask the new store befor
 closed.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from nbdmirror.arbiters.choose import open_store
+from nbdmirror.arbiters.port import RecordStore
 from nbdmirror.config import Config, load
 from nbdmirror.controller.reload import facts_of
 from nbdmirror.controller.scribe import drive
@@ -17,7 +19,7 @@ from nbdmirror.core.cluster.body import BRIEF_CHARS_MAX
 from nbdmirror.core.cluster.claiming import Claimant
 from nbdmirror.core.cluster.view import SYNCED
 from nbdmirror.core.superblock import ARBITER_IDENTITY_BYTES, ArbiterKind
-from nbdmirror.errors import ArbiterError, RefusedError
+from nbdmirror.errors import ArbiterError, NbdMirrorError, RefusedError
 
 if TYPE_CHECKING:
     from nbdmirror.controller.conductor import Conductor
@@ -25,6 +27,18 @@ if TYPE_CHECKING:
 State = dict[str, Any]
 ABOUT: Final = frozenset({"arbiter", "ping", "etcd", "s3", "azure-blob"})
 NO_STORE: Final = bytes(ARBITER_IDENTITY_BYTES).hex()
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What a move depends on. `peer_asks`: the peer's heartbeat says that it asks the new store."""
+
+    state: State
+    new: Config
+    identity: str
+    in_sync: bool
+    peer_asks: bool
+    old_is_gone: bool
 
 
 async def move(c: "Conductor", *, old_is_gone: bool) -> str:
@@ -42,17 +56,43 @@ async def move(c: "Conductor", *, old_is_gone: bool) -> str:
     state = c.engine_state
     if state is None:
         raise RefusedError("arbiter move: the engine is not running; `nbdmirror start` first")
-    word = new.arbiter.word
-    await close_old(c, new, state, old_is_gone=old_is_gone)
-    identity, counter = await make_new(c, new, state)
-    if (state.get("arbiter"), state.get("arbiter_identity")) == (word, identity):
-        await c.rearm(new)
+    store = open_store(new, c.scribe.mirror_id) if new.arbiter.has_memory else None
+    try:
+        identity = (await store.identity()).hex() if store is not None else NO_STORE
+        said = c.peer_body.arbiter if c.peer_body is not None and c.peer_heard() else ""
+        s = Situation(
+            state=state,
+            new=new,
+            identity=identity,
+            in_sync=(state.get("session") or {}).get("phase") == SYNCED,
+            peer_asks=said == arbiter_of(new.arbiter.word, identity),
+            old_is_gone=old_is_gone,
+        )
+        return await moved(c, s, store)
+    finally:
+        if store is not None:
+            await store.close()
+
+
+async def moved(c: "Conductor", s: Situation, store: RecordStore | None) -> str:
+    """Close, make, adopt: each only if what it depends on is so."""
+    word = s.new.arbiter.word
+    if (s.state.get("arbiter"), s.state.get("arbiter_identity")) == (word, s.identity):
+        await c.rearm(s.new)
         return f"this node asks {word} already"
-    said = c.peer_body.arbiter if c.peer_body is not None else ""
-    there = said == arbiter_of(word, identity)
-    await c.command("move-arbiter", arbiter=word, identity=identity, counter=counter, meet=there)
-    await c.rearm(new)
-    if there:
+    await close_old(c, s)
+    counter = await make_new(c, s, store) if store is not None else 0
+    # What the old one still has on its way must not reach an engine that asks the new one.
+    await c.scribe.close()
+    try:
+        await c.command(
+            "move-arbiter", arbiter=word, identity=s.identity, counter=counter, meet=s.peer_asks
+        )
+    except NbdMirrorError:
+        await c.rearm(c.config)
+        raise
+    await c.rearm(s.new)
+    if s.peer_asks:
         return f"both nodes ask {word} now"
     return f"this node asks {word} now; type it on {c.config.peer.name}, too"
 
@@ -74,37 +114,30 @@ def require_only_the_arbiter(old: Config, new: Config) -> None:
         )
 
 
-async def close_old(c: "Conductor", new: Config, state: State, *, old_is_gone: bool) -> None:
+async def close_old(c: "Conductor", s: Situation) -> None:
     """Let nobody claim from the old record any more. Raises RefusedError, ArbiterError."""
-    in_sync = (state.get("session") or {}).get("phase") == SYNCED
-    asked = state.get("arbiter") == c.config.arbiter.word
-    if c.config.arbiter.has_memory and asked and not old_is_gone:
-        await c.scribe.close_record(in_sync=in_sync)
-    elif not in_sync and state.get("arbiter") != new.arbiter.word:
+    if s.peer_asks:
+        return  # the peer has closed it, before it asked the new one
+    asks = ArbiterKind.of_word(str(s.state.get("arbiter")))
+    if asks.has_memory and not s.old_is_gone:
+        await c.scribe.close_record(in_sync=s.in_sync)
+    elif not s.in_sync:
         raise RefusedError(
             "arbiter move: the nodes are not in sync; each would ask another one meanwhile"
         )
 
 
-async def make_new(c: "Conductor", new: Config, state: State) -> tuple[str, int]:
-    """Make the new record, or find it; the identity of its store, and its counter."""
-    if not new.arbiter.has_memory:
-        return NO_STORE, 0
-    mirror_id = c.scribe.mirror_id
-    store = open_store(new, mirror_id)
-    try:
-        identity = (await store.identity()).hex()
-        claimant = Claimant(mirror_id, c.config.me.id)
-        outcome = await drive(claimant.move_in(state), store, no_command)
-        if not outcome.won:
-            raise RefusedError(f"arbiter move: {store.where}: {outcome.reason}")
-        held = await store.read()
-        if held is None:
-            raise ArbiterError(f"{store.where}: the record was removed as soon as it was made")
-        held = await store.prove(held)
-    finally:
-        await store.close()
-    return identity, held.record.counter
+async def make_new(c: "Conductor", s: Situation, store: RecordStore) -> int:
+    """Make the new record, or find it; its counter."""
+    claimant = Claimant(c.scribe.mirror_id, c.config.me.id)
+    path = claimant.move_in(s.state, in_sync=s.in_sync, peer_asks=s.peer_asks)
+    outcome = await drive(path, store, no_command)
+    if not outcome.won:
+        raise RefusedError(f"arbiter move: {store.where}: {outcome.reason}")
+    held = await store.read()
+    if held is None:
+        raise ArbiterError(f"{store.where}: the record was removed as soon as it was made")
+    return (await store.prove(held)).record.counter
 
 
 async def no_command(name: str, _args: State) -> State:

@@ -56,9 +56,11 @@ class Scribe:
         self._tried_ms = float("-inf")
         self._read_ms = float("-inf")
         self._proven_ms = float("-inf")
-        self._told_reachable: bool | None = None
+        self._told_reachable = ("", True)
         # Whether the store said anything this time: also one that lost the record can be written.
         self._answered = False
+        # An operator's force of this life that the record does not show yet (rule 14).
+        self._force_is_open = False
         self.record: Record | None = None
         self.record_reason = ""
         self.trouble = ""
@@ -70,6 +72,10 @@ class Scribe:
         state, record = self._c.engine_state, self.record
         if record is None or state is None or boottime_ms() - self._read_ms > FRESH_MS:
             return Standing.UNREAD
+        if record.counter < int(state.get("arbiter_counter", 0)):
+            return Standing.UNREAD  # the store was set back: it says nothing
+        if self._force_is_open:
+            return Standing.NOBODY
         return standing_of(record, state, self._c.config.me.id, self._c.config.peer.id)
 
     def facts(self) -> dict[str, Any]:
@@ -109,11 +115,12 @@ class Scribe:
     async def force(self) -> None:
         """Name this node in the record, whatever that holds; later again if it cannot be now."""
 
-        def path(state: State) -> Steps:
-            return self._claimant.make_good(state, forced_now=True)
-
         if self._store is not None:
-            await self._decided(path)
+            self._force_is_open = True
+            await self._decided(self._make_good)
+
+    def _make_good(self, state: State) -> Steps:
+        return self._claimant.make_good(state, forced_now=self._force_is_open)
 
     async def close_record(self, *, in_sync: bool) -> None:
         """Let the record say that the mirror was moved (rule 21).
@@ -121,6 +128,12 @@ class Scribe:
         Raises:
             RefusedError: it may not. ArbiterError: no clear answer.
         """
+        if self._store is None:
+            raise RefusedError(
+                "arbiter move: this controller was started with the new file already, and cannot "
+                "close the old record: put the old arbiter back into the file, restart the "
+                "controller, then change the file and type it again"
+            )
         async with self._turn:
             await self._require_store()
             outcome = await self._drive(self._claimant.move_away(self._state(), in_sync=in_sync))
@@ -132,6 +145,7 @@ class Scribe:
             try:
                 await self._require_store()
                 outcome = await self._drive(path(self._state()))
+                self._force_is_open = self._force_is_open and not outcome.won
             except NbdMirrorError as error:
                 self._note_trouble(error)
                 return Verdict.UNKNOWN, str(error)
@@ -163,6 +177,10 @@ class Scribe:
                     await self._look_after(self._state())
                 except StaleCommandError:
                     pass  # its role has changed meanwhile: what is due now is another thing
+                except (AssertionError, ValueError, LookupError, TypeError) as error:
+                    # A mistake of this program; the record is looked after all the same.
+                    self._note_trouble(ArbiterError(f"an error inside the controller: {error!r}"))
+                    self._tried_ms = boottime_ms()
                 except NbdMirrorError as error:
                     self._note_trouble(error)
                     self._tried_ms = boottime_ms()
@@ -184,7 +202,9 @@ class Scribe:
         await self._require_store()
         if state.get("question") == "record-joint":
             # Also where the record is lost, or was set back: this is how it is made anew.
-            await self._drive(self._claimant.record_joint(state))
+            outcome = await self._drive(self._claimant.record_joint(state))
+            if not outcome.won:
+                raise ArbiterError(outcome.reason)
         elif not self._claimant.is_fresh:
             outcome = await self._drive(self._claimant.refresh(state))
             if not outcome.won:
@@ -193,8 +213,10 @@ class Scribe:
             if now_ms - self._read_ms < READ_MS:
                 return
             await self._read()
+            require_not_set_back(self.record, state)
             if state.get("right_alone") and self.standing() is Standing.NOBODY:
-                await self._drive(self._claimant.make_good(state))
+                outcome = await self._drive(self._make_good(state))
+                self._force_is_open = self._force_is_open and not outcome.won
         elif now_ms - self._proven_ms >= PROVE_MS or self.trouble:
             await self._prove()
             if self.record is not None and self.record.moved:
@@ -206,7 +228,9 @@ class Scribe:
 
     async def _prove(self) -> None:
         assert self._store is not None
-        held = await self._store.prove(await self._read())
+        found = await self._read()
+        require_not_set_back(found.record, self._state())
+        held = await self._store.prove(found)
         self._note(held.record)
         self._proven_ms = boottime_ms()
 
@@ -225,10 +249,11 @@ class Scribe:
         state = self._state()
         counter = self.record.counter if self.record is not None else 0
         seen = int(state.get("arbiter_counter", 0))
-        if reachable == self._told_reachable and counter <= seen:
+        told_now = (str(state.get("instance", "")), reachable)
+        if told_now == self._told_reachable and counter <= seen:
             return
         await self._c.link.command("seen", state, reachable=reachable, counter=max(counter, seen))
-        self._told_reachable = reachable
+        self._told_reachable = told_now
 
     # --- driving --------------------------------------------------------------------------------
 
@@ -273,6 +298,16 @@ class Scribe:
         if str(error) != self.trouble:
             self._c.tell(f"arbiter: {error}")
         self.trouble = str(error)
+
+
+def require_not_set_back(record: Record | None, state: State) -> None:
+    """Raises ArbiterError: both nodes may have seen more than the store knows (rule 21)."""
+    seen = int(state.get("arbiter_counter", 0))
+    if record is not None and record.counter < seen:
+        raise ArbiterError(
+            f"the record has counter {record.counter}, and {seen} was seen before: the store was "
+            "set back, and nobody claims from it; `nbdmirror resync` in sync makes it anew"
+        )
 
 
 Tell = Callable[[str, dict[str, Any]], Coroutine[Any, Any, dict[str, Any]]]

@@ -101,7 +101,8 @@ def decode(data: bytes, mirror_id: bytes) -> Record:
     moved = facts.get("moved")
     if not isinstance(moved, bool):
         raise ArbiterError(f"the record's moved is {moved!r:.40}, neither true nor false")
-    counter = _number(facts, "counter", 1, COUNTER_MAX)
+    # With room for all that may follow it.
+    counter = _number(facts, "counter", 1, COUNTER_MAX // 2)
     owner = _number(facts, "owner", NOBODY, OWNER_MAX)
     return Record(mirror_id, counter, generation, owner, moved)
 

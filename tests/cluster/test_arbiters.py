@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from nbdmirror import admin
-from nbdmirror.errors import RefusedError
+from nbdmirror.errors import ArbiterError, RefusedError
 from tests.support.cluster import Cluster, ClusterNode
 from tests.support.load import Load
 from tests.support.network import Switched
@@ -402,3 +402,43 @@ def refused(words: str) -> Iterator[None]:
     """An order that is refused in a text with these words."""
     with pytest.raises(RefusedError, match=words):
         yield
+
+
+def test_a_move_that_broke_in_the_middle_is_ended_by_typing_it_again(etcd: Etcd) -> None:
+    """Breaks in the field: a node is lost between the two halves of a move; the other one serves by
+    the new store, and the lost one can never join it again.
+    """
+    with Etcd(token="halfway") as new, Cluster(arbiter="etcd", more=section(etcd)) as c:
+        c.start()
+        for node in c.both:
+            node.config_path.write_text(c.config_text(node.name, section(new)))
+        c.alpha.order("arbiter-move")
+        c.beta.lose()
+        status = c.alpha.is_now("ALONE")
+        assert status["arbiter"]["record"]["owner"] == "alpha"
+        write(c.alpha, b"h")
+        # It starts with the new file, and its metadata still name the old store.
+        c.beta.up()
+        c.beta.wait(
+            lambda s: s["peer"]["heard"] and s["engine"] is not None, "they hear each other"
+        )
+        assert c.beta.order("arbiter-move")["done"] == "both nodes ask etcd now"
+        c.in_sync(c.alpha)
+        c.alpha.lose()
+        c.beta.is_now("ALONE")
+        assert read(c.beta) == b"h"
+
+
+def test_a_controller_with_the_new_file_does_not_leave_the_old_record_open(etcd: Etcd) -> None:
+    """Breaks in the field: the file is edited, the controller restarted, and then the move typed:
+    the other node may still claim from the old store.
+    """
+    with Etcd(token="early") as new, Cluster(arbiter="etcd", more=section(etcd)) as c:
+        c.start()
+        c.alpha.config_path.write_text(c.config_text("alpha", section(new)))
+        c.alpha.signal(signal.SIGTERM)
+        assert c.alpha.ended() == 0
+        c.alpha.up()
+        c.alpha.wait(lambda s: "is not the store" in s["arbiter"]["trouble"], "it is told")
+        with pytest.raises(ArbiterError, match="is not the store"):
+            c.alpha.order("arbiter-move")

@@ -58,7 +58,8 @@ def blame(outcome: Outcome, result: Result) -> None:
     which = f"seed {result.seed}, arbiter {result.arbiter}"
     outcome.violation = f"{tail}\n{which}: {result.violation}"
     outcome.replay = (
-        f"python -m tests.sim --start {result.seed} --seeds 1 --arbiter {result.arbiter} --trace"
+        f"python -m tests.sim --start {result.seed} --seeds 1 --arbiter {result.arbiter}"
+        f" --controllers {result.controllers} --trace"
     )
 
 

@@ -231,6 +231,7 @@ class Controller:
         self.observer = Observer(self, clock_ms=self.clock_ms, random_hex=self.random_hex)
         self.silence_ms = SILENCE_MS
         self.peer_body: Body | None = None
+        self.gave_way = False
         self.died_serving = False
         self.spoken = True
         self.cleaned = False
@@ -465,6 +466,7 @@ class Controller:
 
     def _demote(self) -> Path:
         yield from self._on_engine("demote")
+        self.gave_way = policy.gives_way(self.view)
         if self.orders.order is not None:
             self.switches.change(served=False)
 

@@ -238,9 +238,39 @@ def test_a_claim_that_was_done_is_not_given_up() -> None:
     assert store.told() == [("claimed", True)]
 
 
-@pytest.mark.parametrize(
-    "held", [record(), record(9, THEIRS, PEER), record(2), record(9, moved=True), None]
-)
+def test_a_claim_of_the_peer_is_not_overwritten_by_a_late_joint_step() -> None:
+    """Breaks in the field: the cable goes while the joint step asks a slow store; the peer claims
+    and serves, and the joint step takes the record from it: both serve.
+    """
+    store = Store(record(9, THEIRS, PEER))
+    assert not store.run(fresh().record_joint(state(pending=JOINT.hex()))).won
+    assert store.record == record(9, THEIRS, PEER)
+
+
+def test_a_record_that_was_moved_stays_so() -> None:
+    """Breaks in the field: a controller that starts with the old file opens the old record again;
+    each node is let go on by a store of its own.
+    """
+    store = Store(record(9, moved=True))
+    assert store.run(Claimant(MIRROR, ME).refresh(state())).won
+    assert store.record is not None
+    assert store.record.moved
+    # Closed by the peer between the look and the swap.
+    claimant, store = fresh(), Store(record())
+    steps = claimant.claim(state())
+    request, outcome = next(steps), None
+    while outcome is None:
+        if isinstance(request, Swap):
+            store.record = record(6, moved=True)
+        try:
+            request = steps.send(store.answer(request))
+        except StopIteration as ended:
+            outcome = ended.value
+    assert not outcome.won
+    assert store.record == record(6, moved=True)
+
+
+@pytest.mark.parametrize("held", [record(), record(2, THEIRS, PEER), record(9, moved=True), None])
 def test_the_joint_generation_is_recorded_over_whatever_is_there(held: Record | None) -> None:
     """Breaks in the field: a store that lost the record, or was set back, never gets it again."""
     store = Store(held)

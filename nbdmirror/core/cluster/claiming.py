@@ -120,7 +120,9 @@ class Claimant:
         return (yield from self._end(held, state, "the claim is not pursued any more"))
 
     def record_joint(self, state: State) -> Steps:
-        """Set the record to the joint generation that the engine asks for, whatever it holds.
+        """Set the record to the joint generation that the engine asks for.
+
+        Over whatever it holds, but for a claim of the peer that this node has never heard of.
 
         Raises:
             ArbiterError: no clear answer; begin again. RefusedError: the engine asks no more.
@@ -128,7 +130,11 @@ class Claimant:
         joint = bytes.fromhex(str(state["pending"]))
         held = yield Read()
         record = held.record if held is not None else None
-        if record is None or (record.generation, record.owner) != (joint, NOBODY):
+        behind = record is not None and record.counter < int(state.get("arbiter_counter", 0))
+        if record is not None and not behind and self._is_anothers(record, state):
+            # The session that asked may have ended, and the peer may have taken the right since.
+            return Outcome(False, f"the record names {told(record)}, which is not known here")
+        if record is None or behind or (record.generation, record.owner) != (joint, NOBODY):
             record = self._after(record, state, joint, NOBODY)
             if not (yield from self._swap(held, record)):
                 return Outcome(False, "the record changed meanwhile")
@@ -151,7 +157,8 @@ class Claimant:
         prepared = yield Command("claim", {"generation": mine_of(state).hex()})
         wanted = bytes.fromhex(prepared["generation"])
         if record is None or not record.names(self._me, wanted):
-            if record is not None and not forced_now and not is_known(record, state):
+            mine = record is not None and record.owner == self._me and not record.moved
+            if record is not None and not (forced_now or mine or is_known(record, state)):
                 return Outcome(False, f"the record names {told(record)}, which is not known here")
             record = self._after(record, state, wanted, self._me)
             if not (yield from self._swap(held, record)):
@@ -178,8 +185,11 @@ class Claimant:
         done = yield from self._swap(held, closed)
         return Outcome(done, "the record is closed" if done else "the record changed meanwhile")
 
-    def move_in(self, state: State) -> Steps:
+    def move_in(self, state: State, *, in_sync: bool, peer_asks: bool) -> Steps:
         """Make the record in a store that the mirror moves to; it has no owner.
+
+        `peer_asks`: the peer asks this store already, so its record is the one that counts, whoever
+        owns it. Else whatever an earlier life has left there is replaced, while both are in sync.
 
         Raises:
             ArbiterError: no clear answer; begin again.
@@ -187,9 +197,15 @@ class Claimant:
         held = yield Read()
         generation = bytes.fromhex(str(state["generation"]))
         record = held.record if held is not None else None
-        if record is not None and not record.moved:
-            known = is_known(record, state)
-            return Outcome(known, "it is there" if known else f"it is in use: {told(record)}")
+        if peer_asks:
+            there = record is not None and not record.moved
+            return Outcome(there, "it is there" if there else "the peer's record is not there")
+        if not in_sync:
+            return Outcome(False, "the nodes are not in sync")
+        if record is not None and (record.owner, record.generation, record.moved) == (
+            NOBODY, generation, False,
+        ):  # fmt: skip
+            return Outcome(True, "it is there")
         counter = record.counter + 1 if record is not None else 1
         made = Record(self._mirror_id, counter, generation, NOBODY)
         done = yield from self._swap(held, made)
@@ -235,9 +251,15 @@ class Claimant:
 
     def _may_claim(self, record: Record, holds: list[str]) -> bool:
         """Rule 11: the record names this node by an older claim, or a generation that it holds."""
+        if record.moved:
+            return False
         if record.owner == self._me:
             return True
         return record.owner == NOBODY and record.generation.hex() in holds
+
+    def _is_anothers(self, record: Record, state: State) -> bool:
+        """Whether the peer owns it under a generation that this node never heard of."""
+        return record.owner not in (NOBODY, self._me) and not is_known(record, state)
 
     def _end(self, held: Held, state: State, why: str) -> Steps:
         """Settle what is pending, after which nothing of it can be applied any more."""
@@ -254,7 +276,8 @@ class Claimant:
             self._in_doubt = None
             return held
         record = held.record
-        yield from self._swap(held, record.next(record.generation, record.owner))
+        as_it_is = record.next(record.generation, record.owner, moved=record.moved)
+        yield from self._swap(held, as_it_is)
         now: Held | None = yield Read()
         if now is None:
             raise ArbiterError("the record was removed while it was being written")

@@ -14,7 +14,15 @@ from nbdmirror.core.cluster import policy
 from nbdmirror.core.cluster.asking import Questions
 from nbdmirror.core.cluster.body import Body
 from nbdmirror.core.cluster.ordering import Checkers, Orders, Switches
-from nbdmirror.core.cluster.view import Engine, Service, Settings, Standing, View, engine_of
+from nbdmirror.core.cluster.view import (
+    NEGOTIATING,
+    Engine,
+    Service,
+    Settings,
+    Standing,
+    View,
+    engine_of,
+)
 
 CLEAN_AGAIN_S: Final = 10.0
 # A primary sees the loss of its channel when its secondary does, 2 s after the last word, and asks
@@ -79,6 +87,7 @@ class Parts(Protocol):
     """What a controller has. `died_serving`, `spoken`: of the engine that ended last."""
 
     died_serving: bool
+    gave_way: bool
     spoken: bool
 
     @property
@@ -204,6 +213,7 @@ class Observer:
             order_from=c.orders.reason,
             forced=c.orders.force,
             hesitates=c.heart.silent_ms() <= c.silence_ms + FIRST_MS,
+            gave_way=c.gave_way,
             record=c.scribe.standing(),
             record_reason=c.scribe.record_reason,
             swap_to=c.orders.swap_to,
@@ -274,6 +284,7 @@ def settle(c: Parts, v: View) -> None:
     c.questions.settle(v)
     if engine is not None:
         c.died_serving = False
+        c.gave_way = c.gave_way and v.peer.heard and engine.phase in ("", NEGOTIATING)
         # Filled from the other one: that served later, whichever of them comes to serve now.
         filled = not engine.primary and not engine.was_primary
         replaced = engine.synced and (engine.peer_primary or filled)

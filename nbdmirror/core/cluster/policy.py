@@ -138,7 +138,7 @@ def may_use_right(v: View) -> bool:
 
 def would_use_right(v: View) -> bool:
     """Whether nothing but the record is open."""
-    able = holds_right(v) and promotable(v) and not peer_serves(v)
+    able = holds_right(v) and promotable(v) and not peer_serves(v) and not v.gave_way
     return able and (may_take_over(v) or engine(v).was_primary)
 
 
@@ -321,7 +321,8 @@ def gives_way(v: View) -> bool:
 
 def deposed(v: View) -> bool:
     """Whether the record gave the right to the peer (rule 14)."""
-    return v.settings.memory and engine(v).right_alone and v.record is Standing.PEER
+    apart = engine(v).phase in ("", NEGOTIATING)
+    return v.settings.memory and engine(v).right_alone and apart and v.record is Standing.PEER
 
 
 def gives_way_reason(v: View) -> str:

@@ -167,6 +167,7 @@ class View:
     freeze. `served`: it took the role, and has not given it up in order. `forced`: the order is to
     be carried out against what the metadata says. `hesitates`: the peer is silent, but not yet for
     so long that one which lives and serves would have asked the arbiter before this node.
+    `gave_way`: this node stepped back for its peer, and the two have not met since.
     """
 
     settings: Settings
@@ -192,6 +193,7 @@ class View:
     order_from: str = ""
     forced: bool = False
     hesitates: bool = False
+    gave_way: bool = False
     record: Standing = Standing.UNREAD
     record_reason: str = ""
     swap_to: int = 0
