@@ -164,23 +164,32 @@ class History:
 
     # --- judging --------------------------------------------------------------------------------
 
-    def losses(self, image: Path, *, only_durable: bool = False) -> list[str]:
+    def now(self) -> int:
+        """The place of the newest answer."""
+        with self._lock:
+            return self._tick
+
+    def losses(
+        self, image: Path, *, only_durable: bool = False, until: int | None = None
+    ) -> list[str]:
         """Sectors that hold what they may not.
 
-        `only_durable`: what was acknowledged without a flush after it may be gone.
+        `only_durable`: what was acknowledged without a flush after it may be gone. `until`: what
+        was answered later may be missing, too.
         """
+        last = self.now() if until is None else until
         with image.open("rb") as file:
             return [
                 problem
                 for sector in sectors_of_windows()
-                if (problem := self._problem(sector, read(file, sector), only_durable=only_durable))
+                if (problem := self._problem(sector, read(file, sector), last, only_durable))
             ]
 
-    def _problem(self, sector: int, found: bytes, *, only_durable: bool) -> str:
+    def _problem(self, sector: int, found: bytes, last: int, only_durable: bool) -> str:
         touching = [each for each in self.operations if each.covers(sector)]
-        firm = [each for each in touching if each.acknowledged]
+        firm = [each for each in touching if 0 <= each.ended <= last]
         if only_durable:
-            firm = [each for each in firm if each.kind == "fua" or self._flushed(each)]
+            firm = [each for each in firm if each.kind == "fua" or self._flushed(each, last)]
         newest = max((each.began for each in firm), default=-1)
         allowed = [each for each in touching if not each.acknowledged or each.ended >= newest]
         if any(found == each.leaves(sector) for each in allowed):
@@ -191,10 +200,10 @@ class History:
         held = int.from_bytes(found[:4], "big")
         return f"sector {sector}: holds write {held}, allowed {numbers} (durable: {only_durable})"
 
-    def _flushed(self, one: Operation) -> bool:
-        """Whether a flush began after it had ended, and succeeded."""
+    def _flushed(self, one: Operation, last: int) -> bool:
+        """Whether a flush began after it had ended, and succeeded by then."""
         return any(
-            each.kind == "flush" and each.acknowledged and each.began > one.ended
+            each.kind == "flush" and 0 <= each.ended <= last and each.began > one.ended
             for each in self.operations
         )
 

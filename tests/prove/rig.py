@@ -60,9 +60,12 @@ class Rig:
             raise
         self.history = History()
         self.primary = self.pair.alpha
-        self.cut: set[str] = set()
+        # What each had a part in when its power went: up to this answer; the rest it may lack.
+        self.cut: dict[str, int] = {}
+        self.alone_since: int | None = None
         self.power_cuts = 0
         self.only_durable = False
+        self.in_sync_before = True
         self._descriptors: dict[int, int] = {}
         self._seed = 0
 
@@ -76,6 +79,7 @@ class Rig:
         """
         for engine in self.pair.both:
             engine.allowed = {point.fault, "EIO"} if point.fault != "kill" else set()
+        self.alone_since, self.in_sync_before = None, point.moment == "work"
         secondary = self.pair.other(self.primary)
         victim = self.primary if point.role == "primary" else secondary
         if point.moment == "return":
@@ -97,6 +101,7 @@ class Rig:
         """
         for engine in self.pair.both:
             engine.allowed = {"EIO"}
+        self.alone_since, self.in_sync_before = None, True
         secondary = self.pair.other(self.primary)
         victim = secondary if who == "secondary" else self.primary
         self.begin(self.primary, OPERATIONS_COUNT)
@@ -196,7 +201,8 @@ class Rig:
         """End it, if it still lives, and cut its power."""
         if power:
             self.disks[engine.name].cut()
-            self.cut.add(engine.name)
+            apart = engine is not self.primary and self.alone_since is not None
+            self.cut[engine.name] = self.alone_since or 0 if apart else self.history.now()
             self.power_cuts += 1
         if engine.launcher is not None:
             if not self.is_dead(engine):
@@ -235,6 +241,8 @@ class Rig:
         if not state or not state["frozen"] or state["question"] != "frozen":
             return
         if self.is_dead(other) or self.state(other).get("role") != "primary":
+            if self.alone_since is None:
+                self.alone_since = self.history.now()
             with contextlib.suppress(NbdMirrorError):
                 primary.command("alone")
 
@@ -268,7 +276,9 @@ class Rig:
         self.lose(engine, power=False)
         if engine.name in self.cut:
             self.disks[engine.name].restore()
-            self.cut.discard(engine.name)
+            last = self.cut.pop(engine.name)
+            if self.in_sync_before:  # the platter, before anybody makes it good
+                self.require_kept(engine, only_durable=True, until=last)
         engine.start()
 
     def promoted(self, engine: Engine) -> bool:
@@ -288,10 +298,12 @@ class Rig:
 
     # --- judgement ------------------------------------------------------------------------------
 
-    def require_kept(self, *engines: Engine, only_durable: bool = False) -> None:
+    def require_kept(
+        self, *engines: Engine, only_durable: bool = False, until: int | None = None
+    ) -> None:
         """Nothing acknowledged is missing."""
         for engine in engines:
-            losses = self.history.losses(engine.data, only_durable=only_durable)
+            losses = self.history.losses(engine.data, only_durable=only_durable, until=until)
             assert not losses, f"{engine.name} lost {len(losses)}:\n" + "\n".join(losses[:10])
 
     def judge(self) -> None:
