@@ -8,6 +8,7 @@ not; one that was acknowledged has, and hides what had ended before it began.
 
 import contextlib
 import random
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -177,7 +178,7 @@ class History:
         `only_durable`: what was acknowledged without a flush after it may be gone. `until`: what
         was answered later may be missing, too.
         """
-        last = self.now() if until is None else until
+        last = sys.maxsize if until is None else until
         with image.open("rb") as file:
             return [
                 problem

@@ -22,8 +22,8 @@ SAMPLE = (
     *("secondary:work:pwrite64:data:33:power", "secondary:work:fdatasync:data:4:EIO"),
     *("primary:work:pwritev2:data:2:ENOSPC", "primary:work:fdatasync:data:5:power-both"),
     *("secondary:work:fallocate:data:3:EIO", "primary:work:sendmsg:any:30:EPIPE"),
-    *("secondary:return:pwrite64:meta:3:kill", "secondary:return:pwrite64:data:2:power"),
-    *("primary:return:pwrite64:meta:1:kill", "secondary:work:recvfrom:any:9:kill"),
+    *("secondary:return:pwrite64:meta:3:kill", "secondary:work:pwrite64:data:12:kill"),
+    *("primary:work:pwrite64:data:25:kill", "secondary:work:recvfrom:any:9:kill"),
 )
 
 
@@ -116,6 +116,12 @@ def test_what_was_acknowledged_has_to_be_there(tmp_path: Path) -> None:
     assert len(history(OLD, NEW).losses(image(tmp_path / "b", OLD))) == 8
     assert len(history(OLD, NEW).losses(image(tmp_path / "c", NEW, OLD))) == 4
     assert len(history(OLD).losses(image(tmp_path / "d", OLD, NEW))) == 8
+
+
+def test_what_was_answered_after_a_cut_may_be_missing(tmp_path: Path) -> None:
+    """Breaks in the field: what the survivor wrote alone is missed on the platter of the other."""
+    assert not history(OLD, NEW).losses(image(tmp_path / "a", OLD), until=OLD.ended)
+    assert len(history(OLD, NEW).losses(image(tmp_path / "b"), until=OLD.ended)) == 8
 
 
 def test_without_an_answer_both_are_right(tmp_path: Path) -> None:
