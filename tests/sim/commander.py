@@ -247,6 +247,9 @@ class Commander:
             yield from self._at_arbiter(life, "settle", Claimant.settle)
             return
         outcome = yield from self._at_arbiter(life, "claim", Claimant.claim)
+        if outcome is None and self.sane and claim_unsettled(life.node):
+            # Its engine refuses to pursue it, perhaps for good: its disk failed since.
+            yield from self._at_arbiter(life, "settle", Claimant.settle)
         if outcome is not None and not outcome.won and life.node.frozen:
             yield from self._try(f"{life.name} demote", roles.demote(life.node))
 

@@ -6,6 +6,7 @@ stored, not when the command is answered, for whoever typed it may never hear of
 
 from typing import TYPE_CHECKING
 
+from nbdmirror.core.durable import NO_GENERATION
 from nbdmirror.core.node import Role
 from nbdmirror.core.superblock import DataState, Superblock
 
@@ -19,7 +20,8 @@ GIVEN_UP = frozenset({DataState.BLANK, DataState.INCONSISTENT})
 def stored(checker: "Checker", host: "Host", before: Superblock, after: Superblock) -> None:
     """A superblock is durable: perhaps the one that carries out what an operator typed."""
     other = checker.other(host)
-    if checker.force_is_stored and after.forced_over != before.forced_over:
+    forced = after.forced_over not in (before.forced_over, NO_GENERATION)
+    if checker.force_is_stored and forced:
         checker.operator_decided(host)
         lives = other.node is not None and other.node.role is Role.PRIMARY
         # Against a record, or beside one that lives: which of them counts is known later.

@@ -242,7 +242,7 @@ class Conducted(Simulation):
     """The same engines, clients and disks, with production's controllers."""
 
     controllers = PRODUCTION
-    rest_ms = 6_000
+    rest_ms = 4_000
     calm_ms = 60_000
 
     def _command(self) -> None:
@@ -258,7 +258,7 @@ class Conducted(Simulation):
             world, hosts, self.net, checker, pair=self.pair, operator=self.operator
         )
         self.chaos_ms = rng.choice((5_000, 8_000, 14_000))
-        self.slots = rng.choice((1, 2, 3))
+        self.slots = rng.choice((1, 1, 2))
 
     def _forces(self) -> None:
         self.checker.forced = True
