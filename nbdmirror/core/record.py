@@ -23,6 +23,8 @@ FORMAT: Final = 1
 NOBODY: Final = 0
 OWNER_MAX: Final = 255
 COUNTER_MAX: Final = (1 << 62) - 1
+# Read is only what leaves room for all that may follow it.
+COUNTER_READ_MAX: Final = COUNTER_MAX // 2
 RECORD_BYTES_MAX: Final = 1024
 _HEX: Final = re.compile(rf"[0-9a-f]{{{2 * ID_BYTES}}}")
 
@@ -101,8 +103,7 @@ def decode(data: bytes, mirror_id: bytes) -> Record:
     moved = facts.get("moved")
     if not isinstance(moved, bool):
         raise ArbiterError(f"the record's moved is {moved!r:.40}, neither true nor false")
-    # With room for all that may follow it.
-    counter = _number(facts, "counter", 1, COUNTER_MAX // 2)
+    counter = _number(facts, "counter", 1, COUNTER_READ_MAX)
     owner = _number(facts, "owner", NOBODY, OWNER_MAX)
     return Record(mirror_id, counter, generation, owner, moved)
 

@@ -24,9 +24,10 @@ pytestmark = [pytest.mark.sim, pytest.mark.slow]
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CLUSTER = ROOT / "nbdmirror" / "core" / "cluster"
-# Together 2,008 runs: 520 with simple controllers, 1,488 with production's.
+# Together 1,120 runs: 520 with simple controllers, 600 with production's. More do not fit into the
+# time of all tests together; docs/simulator.md has the command for more.
 SEEDS_COUNT = 260
-CONDUCTED_COUNT = 496
+CONDUCTED_COUNT = 200
 JOBS_COUNT = 2
 REGRESSIONS: list[dict[str, Any]] = tomllib.loads((HERE / "regressions.toml").read_text())["seed"]
 
@@ -113,9 +114,9 @@ def test_no_seed_of_productions_controllers_breaks_a_promise() -> None:
     )
     assert broken == []
     least = {
-        "acked": 50_000, "alone": 5_000, "syncs": 1_000, "faults": 3_000, "decisions": 20_000,
-        "entered": 1_000, "orders": 300, "remedies": 200, "promoted": 1_000, "probed": 30_000,
-        "spoken": 30, "told": 30, "splits": 5, "forced": 20,
+        "acked": 20_000, "alone": 2_000, "syncs": 400, "faults": 1_200, "decisions": 8_000,
+        "entered": 400, "orders": 120, "remedies": 80, "promoted": 400, "probed": 12_000,
+        "spoken": 10, "told": 10, "splits": 2, "forced": 8,
     }  # fmt: skip
     assert {name: totals[name] for name in least if totals[name] < least[name]} == {}
     rows = {row.name for row in policy.TABLE}

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdmirror.core.record import (
-    COUNTER_MAX,
+    COUNTER_READ_MAX,
     OWNER_MAX,
     RECORD_BYTES_MAX,
     Record,
@@ -24,7 +24,7 @@ RECORD = Record(MIRROR, 7, GENERATION, 1)
 records = st.builds(
     Record,
     mirror_id=st.binary(min_size=ID_BYTES, max_size=ID_BYTES),
-    counter=st.integers(1, COUNTER_MAX),
+    counter=st.integers(1, COUNTER_READ_MAX),
     generation=st.binary(min_size=ID_BYTES, max_size=ID_BYTES).filter(lambda g: g != NO_ID),
     owner=st.integers(0, OWNER_MAX),
     moved=st.booleans(),
@@ -65,7 +65,7 @@ def changed(**changes: Any) -> bytes:
         ("format", [..., 0, 2, "1", None, [1]]),
         ("mirror", [..., "", "6d" * 15, "6d" * 17, "6D" * 16, 7, None, "6e" * 16, "zz" * 16]),
         ("generation", [..., "", "67" * 15, "0x" + "67" * 15, 7, None, "00" * 16]),
-        ("counter", [..., 0, -1, COUNTER_MAX + 1, "7", 7.0, True, None]),
+        ("counter", [..., 0, -1, COUNTER_READ_MAX + 1, "7", 7.0, True, None]),
         ("owner", [..., -1, OWNER_MAX + 1, "1", 1.0, True, None]),
         ("moved", [..., 0, 1, "false", None]),
     ],
