@@ -137,8 +137,10 @@ def test_a_seed_that_failed_once_stays_good(known: dict[str, Any]) -> None:
 def test_a_seed_is_one_course_of_events() -> None:
     """If it fails, a violation that was found cannot be replayed, so it cannot be understood."""
     first = python(DIGESTS, PYTHONHASHSEED="1")
-    runs = 2 * (len(ARBITERS) + len(ALL_ARBITERS))
-    assert len(set(first.split())) == len({SIMPLE, PRODUCTION}) + len(ALL_ARBITERS) + 2 + runs
+    digests = [line.split()[-1] for line in first.splitlines()]
+    assert len(digests) == 2 * (len(ARBITERS) + len(ALL_ARBITERS))
+    # Where nobody has to ask, `ping` is `none`; all the rest are courses of their own.
+    assert len(set(digests)) >= len(digests) - 2
     assert python(DIGESTS, PYTHONHASHSEED="2") == first
 
 
