@@ -96,7 +96,7 @@ class Conductor:
         self.trouble = ""
         self.observer = Observer(self, clock_ms=boottime_ms, random_hex=secrets.token_hex)
         self.view = View(self.settings)
-        self._looked_ms = 0.0
+        self.looked_ms = 0.0
         self._polls_lost = 0
         self.died_serving = self.gave_way = False
         self.spoken = True
@@ -124,7 +124,7 @@ class Conductor:
 
     def serving(self) -> bool:
         """What the health probe asks: from what was seen within the last second, or not at all."""
-        return boottime_ms() - self._looked_ms <= FRESH_MS and standing.serves(self.view)
+        return boottime_ms() - self.looked_ms <= FRESH_MS and standing.serves(self.view)
 
     # --- observe ---------------------------------------------------------------------------------
 
@@ -184,7 +184,7 @@ class Conductor:
         """See the engine as it is now; one that hangs is killed."""
         if not self.supervisor.alive:
             self.engine_state = None
-            self._looked_ms = boottime_ms()
+            self.looked_ms = boottime_ms()
             return
         try:
             state, relayed = await self.link.poll(self.heart.extra_packet())
@@ -202,7 +202,7 @@ class Conductor:
             return
         self._polls_lost = 0
         self.engine_state = state
-        self._looked_ms = boottime_ms()
+        self.looked_ms = boottime_ms()
         if relayed:
             self.heart.take_extra(relayed)
 

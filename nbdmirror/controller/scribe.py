@@ -38,6 +38,8 @@ LOOK_S: Final = 0.25
 READ_MS: Final = 1_000
 PROVE_MS: Final = 60_000
 AGAIN_MS: Final = 1_000
+# A peer that lost this node claims half a second after this engine has lost it, or later.
+JOINT_MS: Final = 400
 
 
 class Scribe:
@@ -202,7 +204,12 @@ class Scribe:
         await self._require_store()
         if state.get("question") == "record-joint":
             # Also where the record is lost, or was set back: this is how it is made anew.
-            outcome = await self._drive(self._claimant.record_joint(state))
+            looked_ms = self._c.looked_ms
+
+            def is_fresh() -> bool:
+                return boottime_ms() - looked_ms <= JOINT_MS
+
+            outcome = await self._drive(self._claimant.record_joint(state, is_fresh))
             if not outcome.won:
                 raise ArbiterError(outcome.reason)
         elif not self._claimant.is_fresh:

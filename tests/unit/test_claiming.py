@@ -243,7 +243,8 @@ def test_a_claim_of_the_peer_is_not_overwritten_by_a_late_joint_step() -> None:
     and serves, and the joint step takes the record from it: both serve.
     """
     store = Store(record(9, THEIRS, PEER))
-    assert not store.run(fresh().record_joint(state(pending=JOINT.hex()))).won
+    steps = fresh().record_joint(state(pending=JOINT.hex()), lambda: False)
+    assert not store.run(steps).won
     assert store.record == record(9, THEIRS, PEER)
 
 

@@ -23,7 +23,7 @@ decision of each life begins with a fence.
 Must never repeat a swap, or take a time-out for a no.
 """
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias
 
@@ -119,10 +119,11 @@ class Claimant:
             return missing(state)
         return (yield from self._end(held, state, "the claim is not pursued any more"))
 
-    def record_joint(self, state: State) -> Steps:
+    def record_joint(self, state: State, is_fresh: Callable[[], bool] = lambda: True) -> Steps:
         """Set the record to the joint generation that the engine asks for.
 
-        Over whatever it holds, but for a claim of the peer that this node has never heard of.
+        Over whatever it holds. A claim of the peer that this node never heard of is one that it gave
+        up in this session; but only if the session was there a moment ago: `is_fresh`.
 
         Raises:
             ArbiterError: no clear answer; begin again. RefusedError: the engine asks no more.
@@ -131,7 +132,12 @@ class Claimant:
         held = yield Read()
         record = held.record if held is not None else None
         behind = record is not None and record.counter < int(state.get("arbiter_counter", 0))
-        if record is not None and not behind and self._is_anothers(record, state):
+        if (
+            record is not None
+            and not behind
+            and self._is_anothers(record, state)
+            and not is_fresh()
+        ):
             # The session that asked may have ended, and the peer may have taken the right since.
             return Outcome(False, f"the record names {told(record)}, which is not known here")
         if record is None or behind or (record.generation, record.owner) != (joint, NOBODY):
