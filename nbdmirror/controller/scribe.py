@@ -203,15 +203,7 @@ class Scribe:
         self._answered = False
         await self._require_store()
         if state.get("question") == "record-joint":
-            # Also where the record is lost, or was set back: this is how it is made anew.
-            looked_ms = self._c.looked_ms
-
-            def is_fresh() -> bool:
-                return boottime_ms() - looked_ms <= JOINT_MS
-
-            outcome = await self._drive(self._claimant.record_joint(state, is_fresh))
-            if not outcome.won:
-                raise ArbiterError(outcome.reason)
+            await self._record_joint(state)
         elif not self._claimant.is_fresh:
             outcome = await self._drive(self._claimant.refresh(state))
             if not outcome.won:
@@ -232,6 +224,17 @@ class Scribe:
             return
         self.trouble = ""
         await self._tell_engine(reachable=True)
+
+    async def _record_joint(self, state: State) -> None:
+        """Also where the record is lost, or was set back: this is how it is made anew."""
+        looked_ms = self._c.looked_ms
+
+        def is_fresh() -> bool:
+            return boottime_ms() - looked_ms <= JOINT_MS
+
+        outcome = await self._drive(self._claimant.record_joint(state, is_fresh))
+        if not outcome.won:
+            raise ArbiterError(outcome.reason)
 
     async def _prove(self) -> None:
         assert self._store is not None

@@ -122,8 +122,8 @@ class Claimant:
     def record_joint(self, state: State, is_fresh: Callable[[], bool] = lambda: True) -> Steps:
         """Set the record to the joint generation that the engine asks for.
 
-        Over whatever it holds. A claim of the peer that this node never heard of is one that it gave
-        up in this session; but only if the session was there a moment ago: `is_fresh`.
+        Over whatever it holds. A claim of the peer that this node never heard of is one that it
+        gave up in this session; but only if that was there a moment ago: `is_fresh`.
 
         Raises:
             ArbiterError: no clear answer; begin again. RefusedError: the engine asks no more.
