@@ -12,7 +12,7 @@ from nbdmirror.core.node import Settings, is_write
 from nbdmirror.core.superblock import ArbiterKind
 from nbdmirror.limits import MIB
 from tests.sim.abstract import Abstract
-from tests.sim.arbiter import Arbiter
+from tests.sim.arbiter import LOST, Arbiter
 from tests.sim.checks import Checker
 from tests.sim.client import Client
 from tests.sim.commander import Commander
@@ -299,7 +299,9 @@ class Conducted(Simulation):
 
     def unrest(self) -> str:
         """Why this is not exactly one node that serves, with a ready second."""
-        return self.watch.unrest()
+        lost = self.arbiter is not None and self.arbiter.held is LOST
+        # The operator has it made anew, by a resync.
+        return "the store has lost the record" if lost else self.watch.unrest()
 
     def describe(self) -> str:
         """Both nodes, with what their controllers say."""
