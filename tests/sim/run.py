@@ -174,6 +174,9 @@ class Simulation:
         world.run(world.now_ms + self.rest_ms)
         # The last flush of the background may be under way at this moment.
         world.run(world.now_ms + 2_000, self.is_idle)
+        # A failback that became due after the calm began ends by itself.
+        world.run(world.now_ms + 20_000, lambda: not self.unrest() and checker.both_synced())
+        world.run(world.now_ms + 2_000, self.is_idle)
         checker.check_cover()
         if not checker.both_synced() or not self.is_idle() or self.unrest():
             checker.fail(f"E1: did not stay in sync: {self.describe()}")
