@@ -37,6 +37,7 @@ timeout --foreground --kill-after=10 "$(left)" bash packaging/azurite.sh ||
 export PATH="$NBDMIRROR_VENV/bin:$PATH"
 
 TMPDIR=$(mktemp -d /tmp/nm.XXXXXX) || exit 1   # short: Unix sockets have 107 characters
+chmod 711 "$TMPDIR"   # tests try what a user without rights reaches; each closes its own directory
 export TMPDIR
 trap tidy_up EXIT
 trap 'exit 130' INT TERM

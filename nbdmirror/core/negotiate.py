@@ -334,7 +334,8 @@ def begin(node: Node, session: Session, decision: Decision, theirs: State) -> Pa
             # A session that ends takes this node's verdict with it, and without it the other one
             # would never learn that it has to stop.
             yield (node.shell.waiter().wait, VERDICT_S)
-            require_live(session)
+            if node.session not in (None, session):
+                require_live(session)  # the two have met again; this verdict is not news any more
         raise PeerRefusedError(decision.reason)
     settle_settings(node, theirs)
     node.shell.emit("decided", verdict=decision.kind.name, row=decision.row, reason=decision.reason)

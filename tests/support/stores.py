@@ -120,6 +120,9 @@ class Server:
         """It takes connections, by the kernel's hand, and answers nothing."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
+        # The signal stops a thread that runs on another core a moment later; until then it answers.
+        # The parent is told when every thread has stopped.
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         try:
             yield
         finally:
