@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeAlias, TypeGuard
 
-from nbdmirror.core import giveup, ports, roles
+from nbdmirror.core import giveup, joint, ports, roles
 from nbdmirror.core.describe import describe
 from nbdmirror.core.leave import Word
 from nbdmirror.core.messages import Relay
@@ -94,6 +94,7 @@ class ControlServer:
             "alone": self._alone,
             "claim": self._claim,
             "claimed": self._claimed,
+            "confirm-joint": self._confirm_joint,
             "recorded": self._recorded,
             "seen": self._seen,
             "move-arbiter": self._move_arbiter,
@@ -349,6 +350,10 @@ class ControlServer:
         won = bool(args.get("won", False))
         self._note_counter(args)
         self._drive(guard(roles.claimed(self._engine.node, generation_of(args), won=won)))
+        return self._state(args)
+
+    def _confirm_joint(self, args: Arguments, guard: Guard) -> dict[str, Any]:
+        self._drive(guard(joint.confirm(self._engine.node, generation_of(args))))
         return self._state(args)
 
     def _recorded(self, args: Arguments, guard: Guard) -> dict[str, Any]:

@@ -38,8 +38,6 @@ LOOK_S: Final = 0.25
 READ_MS: Final = 1_000
 PROVE_MS: Final = 60_000
 AGAIN_MS: Final = 1_000
-# A peer that lost this node claims half a second after this engine has lost it, or later.
-JOINT_MS: Final = 400
 
 
 class Scribe:
@@ -116,7 +114,6 @@ class Scribe:
 
     async def force(self) -> None:
         """Name this node in the record, whatever that holds; later again if it cannot be now."""
-
         if self._store is not None:
             self._force_is_open = True
             await self._decided(self._make_good)
@@ -227,12 +224,7 @@ class Scribe:
 
     async def _record_joint(self, state: State) -> None:
         """Also where the record is lost, or was set back: this is how it is made anew."""
-        looked_ms = self._c.looked_ms
-
-        def is_fresh() -> bool:
-            return boottime_ms() - looked_ms <= JOINT_MS
-
-        outcome = await self._drive(self._claimant.record_joint(state, is_fresh))
+        outcome = await self._drive(self._claimant.record_joint(state))
         if not outcome.won:
             raise ArbiterError(outcome.reason)
 

@@ -5,7 +5,8 @@ the rule; each is durable before the next begins:
 
     (a) the source gives up its right to acknowledge alone and stores a fresh joint generation J as
         pending: from here it freezes when the peer goes;
-    (b) the arbiter's record becomes (J, no owner), where the arbiter has a memory;
+    (b) the arbiter's record becomes (J, no owner), where the arbiter has a memory; what it replaces
+        was read before the peer's engine last answered in this session;
     (c) the target has flushed, takes J and is up to date;
     (d) the source takes J.
 """
@@ -25,7 +26,7 @@ from nbdmirror.core.superblock import (
     Superblock,
     advance_generation,
 )
-from nbdmirror.errors import PeerProtocolError, SessionLostError
+from nbdmirror.errors import PeerProtocolError, RefusedError, SessionLostError
 
 
 def joint_step(node: Node, session: Session) -> Path:
@@ -150,6 +151,35 @@ def record(node: Node, session: Session, generation: bytes) -> Path:
         # A step that broke off asks nothing any more.
         if node.question == "record-joint":
             node.answer()
+
+
+def confirm(node: Node, generation: bytes) -> Path:
+    """The peer's engine answers, in the session whose joint step asks for the record, after now.
+
+    A claim ends a session before it is sent, and no session begins before it is settled. So what
+    the record held before this began is nothing that the peer has won since it joined the session;
+    and what it wins later finds another version than the one that is replaced (rule 9b).
+
+    Raises:
+        RefusedError: that joint step asks no more, or its session ended meanwhile.
+    """
+    session = node.session
+    if session is None or not is_asked(node, generation):
+        raise RefusedError(f"confirm-joint: no joint step asks for {generation.hex()} now")
+    lease = node.lease
+    lease.ask(session, node.shell.now_ms(), node.log.txn)
+    number = lease.number
+    yield (session.link.kick,)
+    while session.live and lease.answered_number < number:
+        yield from lease.wait(node.shell.waiter())
+    if not session.live or not is_asked(node, generation):
+        raise RefusedError(f"confirm-joint: the session of {generation.hex()} ended meanwhile")
+
+
+def is_asked(node: Node, generation: bytes) -> bool:
+    """Whether part (b) waits for this generation."""
+    asked = node.question == "record-joint" and node.sb.pending_kind is PendingKind.JOINT
+    return asked and node.sb.pending == generation
 
 
 def require_live(session: Session) -> None:

@@ -24,7 +24,7 @@ def cluster() -> Iterator[Cluster]:
         made.start()
         for directory in (made.root, made.root / "alpha", made.root / "beta"):
             directory.chmod(0o755)
-        # Else nobody would get as far as what these tests are about, and they would hold for nothing.
+        # Else nobody gets as far as what these tests are about, and they hold for nothing.
         closed = [path for path in made.root.parents if not path.stat().st_mode & 0o001]
         assert not closed, f"TMPDIR must lie where every user may go: {closed}"
         yield made

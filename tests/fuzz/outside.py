@@ -113,9 +113,9 @@ def feed_body(data: bytes) -> bool:
 # --- the control socket ------------------------------------------------------------------------
 
 COMMANDS: Final = (
-    *("promote", "demote", "alone", "claim", "claimed", "recorded", "seen", "reconnected"),
-    *("resync", "drain", "discard", "give-up", "kept-discard", "kept-limit", "accept-peer"),
-    *("stay", "leave", "peer-left", "state", "attach", "relay"),
+    *("promote", "demote", "alone", "claim", "claimed", "confirm-joint", "recorded", "seen"),
+    *("reconnected", "resync", "drain", "discard", "give-up", "kept-discard", "kept-limit"),
+    *("accept-peer", "stay", "leave", "peer-left", "state", "attach", "relay"),
 )
 ARGUMENTS: Final[dict[str, Any]] = {
     "generation": "0f" * 16, "counter": 1, "won": True, "reachable": True, "force": False,

@@ -49,6 +49,7 @@ from tests.model.state import (
     compared,
     connected,
     cool_down,
+    fenced,
     fresh,
     held,
     joined,
@@ -124,6 +125,8 @@ class Model:
                 ("kill", self.kill), ("power", self.power), ("boot", self.boot),
                 ("flush", self.flush), ("claim", self.claim), ("apply", self.apply),
                 ("drop", self.drop), ("settle", self.settle), ("resume", self.resume),
+                ("apply joint", self.apply_joint), ("drop joint", self.drop_joint),
+                ("look late", self.look_late),
                 ("go alone", self.go_alone), ("demote", self.demote), ("write", self.write),
                 ("leave", self.leave), ("leave by word", self.leave_by_word),
                 ("hear the word", self.hear),
@@ -216,6 +219,9 @@ class Model:
             return None
         if not self.may_lead(i, node, linked=False) or not self.claimable(s, i):
             return None
+        if node.joint[1] and Rule.FENCE in self.rules:
+            s = fenced(s)
+            node = s.nodes[i]
         node = self.made_durable(node)
         if not node.alone and node.kind is not PendingKind.CLAIM:
             node = self.with_claim(s, node)
@@ -249,6 +255,28 @@ class Model:
         """A request is lost on its way."""
         return change(s, i, request=(0, 0)) if s.nodes[i].request[1] else None
 
+    def apply_joint(self, s: State, i: int) -> State | None:
+        """The arbiter executes part (b) of a joint step, however late."""
+        expected, wanted = s.nodes[i].joint
+        if not wanted:
+            return None
+        after = change(s, i, joint=(0, 0))
+        return after._replace(record=wanted, owner=NOBODY) if s.record == expected else after
+
+    def drop_joint(self, s: State, i: int) -> State | None:
+        """The same, lost on its way."""
+        return change(s, i, joint=(0, 0)) if s.nodes[i].joint[1] else None
+
+    def look_late(self, s: State, i: int) -> State | None:
+        """A controller that was told to do part (b) reads the record after that session's end."""
+        node = s.nodes[i]
+        ended = s.source != i or not connected(s)
+        if Rule.ASKED_SINCE in self.rules or not (self.memory and node.up and ended):
+            return None
+        if node.kind is not PendingKind.JOINT or node.joint[1] or s.record == node.pending:
+            return None
+        return change(s, i, joint=(s.record, node.pending))
+
     def settle(self, s: State, i: int) -> State | None:
         """Read the record: it names this node, by whichever generation, or the claim is lost.
 
@@ -263,7 +291,7 @@ class Model:
         if s.owner == i and (s.record == node.pending or Rule.NAMED_HAS_WON in self.rules):
             return self.served(change(s, i, alone=True, **LEADS), i)
         if self.claimable(s, i) and Rule.FENCE in self.rules:
-            s = change(change(s, 0, request=(0, 0)), 1, request=(0, 0))
+            s = fenced(s)
         return change(s, i, pending=0, kind=PendingKind.NONE)
 
     def resume(self, s: State, i: int) -> State | None:
@@ -457,12 +485,14 @@ class Model:
         return with_node(s, s.source, lead)._replace(stage=Stage.GIVEN_UP)
 
     def set_record(self, s: State, lead: Node, target: Node) -> State | None:
-        """Part (b)."""
-        if not self.memory:
+        """Part (b): read the record, hear from the peer in this session, swap; then read again."""
+        if not self.memory or (s.record, s.owner) == (lead.pending, NOBODY):
             return s._replace(stage=Stage.RECORDED)
         if Rule.RESEED not in self.rules and s.record not in held(lead):
             return None
-        return s._replace(record=lead.pending, owner=NOBODY, stage=Stage.RECORDED)
+        if lead.joint[1]:
+            return None
+        return change(s, s.source, joint=(s.record, lead.pending))
 
     def target_takes(self, s: State, lead: Node, target: Node) -> State:
         """Part (c)."""

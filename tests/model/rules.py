@@ -12,6 +12,7 @@ class Rule(Enum):
 
     JOINT_STEP = "9: a generation is alone or joint, never both"
     RESEED = "9b: the joint step sets the record from whatever it holds"
+    ASKED_SINCE = "9b: the peer answered in the session after the record was read that is replaced"
     PENDING_IS_MINE = "9: a pending generation counts as mine"
     SAME_JOINT = "9a: a broken-off joint step is repeated with the generation that is pending"
     KEEP_JOINT = "11: a claim takes the pending joint generation that the record holds"

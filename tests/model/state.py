@@ -36,8 +36,9 @@ class Stage(IntEnum):
 
 
 class Node(NamedTuple):
-    """One node. `up`, `role` and `met` are volatile; `request` travels in the network and
-    outlives both. `met`: its last session was in sync, and nothing was decided over it since."""
+    """One node. `up`, `role` and `met` are volatile; `request` (a claim) and `joint` (part (b) of
+    the joint step) travel in the network and outlive both. `met`: its last session was in sync,
+    and nothing was decided over it since."""
 
     up: bool = True
     role: Role = Role.NONE
@@ -55,6 +56,7 @@ class Node(NamedTuple):
     disk: int = 0
     met: bool = False
     request: tuple[int, int] = (0, 0)  # (the record it expects, what it wants to put there)
+    joint: tuple[int, int] = (0, 0)
 
 
 class State(NamedTuple):
@@ -201,7 +203,7 @@ def mentioned(s: State) -> Iterator[int]:
     """Generations in an order that does not depend on their names, as far as it goes."""
     yield s.record
     for node in s.nodes:
-        yield from (node.gen, node.pending, *node.request)
+        yield from (node.gen, node.pending, *node.request, *node.joint)
     for node in s.nodes:
         yield from sorted(node.base)
 
@@ -211,10 +213,26 @@ def fresh(s: State) -> int:
     return max(mentioned(s)) + 1
 
 
+def fenced(s: State) -> State:
+    """The record was written as it is: whatever expects what it held until now comes too late."""
+    for i in (0, 1):
+        for slot in ("request", "joint"):
+            if getattr(s.nodes[i], slot)[0] == s.record:
+                s = change(s, i, **{slot: (0, 0)})
+    return s
+
+
 def canonical(s: State) -> State:
-    """Rename generations densely, and forget those that can never be met again."""
+    """Rename generations densely, and forget those that can never be met again.
+
+    What expects another record than there is now is one of these: no record comes back as it was.
+    """
+    for i in (0, 1):
+        for slot in ("request", "joint"):
+            if getattr(s.nodes[i], slot)[0] not in (0, s.record):
+                s = change(s, i, **{slot: (0, 0)})
     a, b = s.nodes
-    lasting = {s.record, *a.request, *b.request, *held(a), *held(b)}
+    lasting = {s.record, *a.request, *b.request, *a.joint, *b.joint, *held(a), *held(b)}
     bases = [set(mine.base) & (lasting | set(other.base)) - {0} for mine, other in ((a, b), (b, a))]
     names: dict[int, int] = {0: 0}
     trimmed = s._replace(nodes=(a._replace(base=tuple(bases[0])), b._replace(base=tuple(bases[1]))))
@@ -225,6 +243,7 @@ def canonical(s: State) -> State:
             gen=names[node.gen], pending=names[node.pending],
             base=tuple(sorted(names[g] for g in base)),
             request=(names[node.request[0]], names[node.request[1]]),
+            joint=(names[node.joint[0]], names[node.joint[1]]),
         )
         for node, base in zip(s.nodes, bases, strict=True)
     ]  # fmt: skip

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from nbdmirror.core import record, roles
+from nbdmirror.core import joint, record, roles
 from nbdmirror.core.cluster.claiming import Outcome, Read, Steps, Swap
 from nbdmirror.core.node import Node
 from nbdmirror.core.ports import Path
@@ -121,6 +121,7 @@ def at_arbiter(
         answer, error = None, None
         try:
             if isinstance(request, Read):
+                yield from slowly()
                 answer = yield from read_record(arbiter)
             elif isinstance(request, Swap):
                 yield from slowly()
@@ -164,6 +165,8 @@ def command_of(node: Node, name: str, **args: Any) -> Path:
         return {"generation": prepared["generation"].hex(), "record_holds": holds}
     if name == "claimed":
         yield from roles.claimed(node, generation, won=args["won"])
+    elif name == "confirm-joint":
+        yield from joint.confirm(node, generation)
     else:
         assert name == "recorded"
         roles.recorded(node, generation)

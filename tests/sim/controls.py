@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nbdmirror.core import giveup, roles
+from nbdmirror.core import giveup, joint, roles
 from nbdmirror.core.describe import describe
 from nbdmirror.core.leave import Word, left, reason_not_to_speak
 from nbdmirror.core.messages import Relay
@@ -78,6 +78,7 @@ def path_of(node: Node, name: str, args: dict[str, Any]) -> Path:
         "stop": lambda: roles.stop(node),
         "claim": lambda: _claim(node, generation),
         "claimed": lambda: roles.claimed(node, generation, won=args["won"]),
+        "confirm-joint": lambda: joint.confirm(node, generation),
         "recorded": lambda: at_once(roles.recorded, node, generation),
         "seen": lambda: roles.seen(node, reachable=args["reachable"]),
         "stay": lambda: at_once(roles.stay_word, node, generation),

@@ -143,9 +143,12 @@ def half_a_batch(s: Scene) -> None:
 
 
 def no_room_to_keep(s: Scene) -> None:
-    """Too little space: nothing is overwritten that cannot be kept, until there is more."""
+    """Too little space: nothing is overwritten that cannot be kept, until there is more.
+
+    One extent and its entry do not fit; with room for one, that one would be overwritten.
+    """
     mine, theirs = split(s, overlap=False)
-    s.node(s.b).keep.limit_bytes = 8192
+    s.node(s.b).keep.limit_bytes = 4096
     assert give_up(s)
     s.until(lambda: s.node(s.b).keep.hold)
     s.until(lambda: "waits with the resync" in s.node(s.a).refusal)
@@ -157,7 +160,7 @@ def no_room_to_keep(s: Scene) -> None:
     s.power(s.b)
     holds_image(s)
     s.start(s.b)
-    s.node(s.b).keep.limit_bytes = 8192
+    s.node(s.b).keep.limit_bytes = 4096
     s.until(lambda: s.node(s.b).keep.hold)
     s.command(s.b, giveup.give_space(s.node(s.b), MIB))
     s.synced()

@@ -168,7 +168,7 @@ def test_what_is_still_on_its_way_comes_too_late() -> None:
     """Breaks in the field: a swap that was given up a minute ago is done now, and undoes what was
     decided since.
     """
-    claimant, store = fresh(), Store(record(), None, LOST)
+    claimant, store = fresh(), Store(record(), None, None, LOST)
     with pytest.raises(ArbiterError):
         store.run(claimant.record_joint(state(pending=JOINT.hex())))
     store.requests.clear()
@@ -243,8 +243,12 @@ def test_a_claim_of_the_peer_is_not_overwritten_by_a_late_joint_step() -> None:
     and serves, and the joint step takes the record from it: both serve.
     """
     store = Store(record(9, THEIRS, PEER))
-    steps = fresh().record_joint(state(pending=JOINT.hex()), lambda: False)
-    assert not store.run(steps).won
+    steps = fresh().record_joint(state(pending=JOINT.hex()))
+    assert next(steps) == Read()
+    asked = steps.send(store.answer(Read()))
+    assert asked == Command("confirm-joint", {"generation": JOINT.hex()})
+    with pytest.raises(RefusedError, match="the session ended"):
+        steps.throw(RefusedError("the session ended"))
     assert store.record == record(9, THEIRS, PEER)
 
 
@@ -280,7 +284,8 @@ def test_the_joint_generation_is_recorded_over_whatever_is_there(held: Record | 
     assert (store.record.generation, store.record.owner) == (JOINT, NOBODY)
     assert store.record.counter > 5, "above what was seen"
     assert not store.record.moved
-    assert store.told() == [("recorded", None)]
+    assert [type(r) for r in store.requests] == [Read, Command, Swap, Command]
+    assert store.told() == [("confirm-joint", None), ("recorded", None)]
 
 
 def test_a_joint_generation_that_is_there_is_not_written_again() -> None:

@@ -8,7 +8,7 @@ the record say then, and comes to the same end.
     claim           read, reserve a generation in the engine, swap, and if the answer is not a clear
                     yes, read: a record that names this node and its generation was won
     settle          end a claim that is not to be pursued any more
-    record_joint    part (b) of the joint step: the record names nobody
+    record_joint    part (b) of the joint step: read, hear from the peer, swap: nobody is named
     refresh         nothing that an earlier life sent can still change the record
     move_away, move_in   the mirror gets another arbiter: the old record, the new one
     make_good       the right was given by the peer's word or by force; the record says so, too
@@ -23,7 +23,7 @@ decision of each life begins with a fence.
 Must never repeat a swap, or take a time-out for a no.
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias
 
@@ -119,11 +119,12 @@ class Claimant:
             return missing(state)
         return (yield from self._end(held, state, "the claim is not pursued any more"))
 
-    def record_joint(self, state: State, is_fresh: Callable[[], bool] = lambda: True) -> Steps:
+    def record_joint(self, state: State) -> Steps:
         """Set the record to the joint generation that the engine asks for.
 
-        Over whatever it holds. A claim of the peer that this node never heard of is one that it
-        gave up in this session; but only if that was there a moment ago: `is_fresh`.
+        Over whatever it holds: a claim of the peer that this node never heard of is one that it
+        gave up in this session. To know that, the peer has to answer in it after the record was
+        read; a question of a session that has ended is old, and the peer may have claimed since.
 
         Raises:
             ArbiterError: no clear answer; begin again. RefusedError: the engine asks no more.
@@ -132,15 +133,8 @@ class Claimant:
         held = yield Read()
         record = held.record if held is not None else None
         behind = record is not None and record.counter < int(state.get("arbiter_counter", 0))
-        if (
-            record is not None
-            and not behind
-            and self._is_anothers(record, state)
-            and not is_fresh()
-        ):
-            # The session that asked may have ended, and the peer may have taken the right since.
-            return Outcome(False, f"the record names {told(record)}, which is not known here")
         if record is None or behind or (record.generation, record.owner) != (joint, NOBODY):
+            yield Command("confirm-joint", {"generation": joint.hex()})
             record = self._after(record, state, joint, NOBODY)
             if not (yield from self._swap(held, record)):
                 return Outcome(False, "the record changed meanwhile")
@@ -262,10 +256,6 @@ class Claimant:
         if record.owner == self._me:
             return True
         return record.owner == NOBODY and record.generation.hex() in holds
-
-    def _is_anothers(self, record: Record, state: State) -> bool:
-        """Whether the peer owns it under a generation that this node never heard of."""
-        return record.owner not in (NOBODY, self._me) and not is_known(record, state)
 
     def _end(self, held: Held, state: State, why: str) -> Steps:
         """Settle what is pending, after which nothing of it can be applied any more."""

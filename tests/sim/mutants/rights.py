@@ -149,6 +149,22 @@ RIGHTS: Final = (
              "            record = self._after(record, state, joint, NOBODY)\n"),
         arbiters=("memory",),
     ),
+    Mutant(
+        "joint-over-a-claim", 9,
+        "(b) the record is set though the session that asked for it may have ended long ago",
+        core("cluster/claiming",
+             '            yield Command("confirm-joint", {"generation": joint.hex()})\n',
+             ""),
+        arbiters=("memory",), sequences=("late_look_at_the_record",), quick=True,
+    ),
+    Mutant(
+        "joint-without-an-echo", 9,
+        "(b) this node takes its own word for it that the peer is in the session",
+        core("joint",
+             "    while session.live and lease.answered_number < number:\n",
+             "    while False:\n"),
+        arbiters=("memory",), sequences=("late_look_at_the_record",), quick=True,
+    ),
     # --- 10: freeze, flush, then the right -------------------------------------------------------
     Mutant(
         "alone-without-flush", 10,
