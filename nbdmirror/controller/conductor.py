@@ -442,7 +442,20 @@ class Conductor:
         """
         if self.engine_state is None:
             raise RefusedError("second --force: the engine is not running; `nbdmirror start` first")
+        if self.engine_state.get("claim_unsettled"):
+            await self._settle_before_giving_up()
         return bool((await self.command("give-up", keep=keep)).get("is_kept"))
+
+    async def _settle_before_giving_up(self) -> None:
+        """A claim that is dropped could still be done: by a node without a copy (rule 11)."""
+        verdict, reason = await self.scribe.settle()
+        if verdict is Verdict.UNKNOWN:
+            raise RefusedError(
+                "second --force: this node has asked the arbiter for the right, and whether it got "
+                f"it is not known ({reason}): the record could name a node without a copy; type it "
+                "again when the arbiter answers; if it never will, `nbdmirror engine give-up`"
+            )
+        await self._look()
 
     def config_differs(self) -> bool:
         """Whether the peer reads another configuration."""

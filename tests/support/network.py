@@ -108,6 +108,11 @@ class Network:
         for sender in senders:
             self._rule(OTHER[sender], f"ip saddr {ADDRESSES[sender]} counter drop")
 
+    def cut_streams(self) -> None:
+        """From now on the hosts hear each other's datagrams, and no TCP."""
+        for receiver, sender in OTHER.items():
+            self._rule(receiver, f"ip saddr {ADDRESSES[sender]} meta l4proto tcp counter drop")
+
     def lose(self, percent: int) -> None:
         """From now on so many packets of a hundred are lost, in both directions."""
         for receiver, sender in OTHER.items():
