@@ -1,8 +1,8 @@
 """What all stores with a memory have in common: bounds, proof, errors; each dialect adds two calls.
 
-Owns the order of a proof, the one bound on each public call, and the text of every error. A dialect
-gives `_get` and `_put`, each of them one request that is sent once. Must never: send a write a
-second time, or let an exception of a library or a secret out.
+Owns the order of a proof, the bound on each call (in a proof: on each request), and the text of
+every error. A dialect gives `_get` and `_put`, each of them one request that is sent once. Must
+never: send a write a second time, or let an exception of a library or a secret out.
 """
 
 import asyncio
@@ -127,24 +127,26 @@ class ConditionalStore(ABC):
         """See RecordStore.
 
         The wrong condition comes first: a store that takes it must not be given the record, over
-        which it would write whatever it is asked to.
+        which it would write whatever it is asked to. Each request has the whole time-out: a claim
+        consists of single ones, and a store that answers each in time lets this node claim.
         """
-        async with self._asking("proof"):
-            await self._prove_refusals()
-            for _ in range(2):
-                data = encode(held.record)
-                written = await self._put(self._place.key, _expected(held), data)
+        await self._prove_refusals()
+        for _ in range(2):
+            async with self._asking("proof"):
+                written = await self._put(self._place.key, _expected(held), encode(held.record))
+            async with self._asking("proof"):
                 now = await self._read()
                 if now is not None and written:
                     return now
                 if now is None or now.record != held.record:
                     raise ArbiterError("the record changed while it was proved; read it again")
-                # The same content under another version: the other node proved meanwhile.
-                held = now
-            raise ArbiterError(
-                "the record cannot be written under the condition that it is what it is; look "
-                "whether something else writes there"
-            )
+            # The same content under another version: the other node proved meanwhile.
+            held = now
+        raise self._failed(
+            "proof",
+            "the record cannot be written under the condition that it is what it is; look whether "
+            "something else writes there",
+        )
 
     async def close(self) -> None:
         """See RecordStore."""
@@ -165,18 +167,22 @@ class ConditionalStore(ABC):
         return Held(found.version, record)
 
     async def _prove_refusals(self) -> None:
-        beside = self._place.proof_key
         # The first time it is missing, and the first write makes it.
-        if await self._put(beside, None, PROOF) and await self._put(beside, None, PROOF):
-            raise self._useless(beside, "there is nothing yet")
-        if await self._put(beside, Expected(self.WRONG_VERSION, PROOF), PROOF):
-            raise self._useless(beside, "it holds what it does not hold")
+        if await self._tried(None) and await self._tried(None):
+            raise self._useless("there is nothing yet")
+        if await self._tried(Expected(self.WRONG_VERSION, PROOF)):
+            raise self._useless("it holds what it does not hold")
 
-    def _useless(self, beside: str, condition: str) -> ArbiterError:
-        return ArbiterError(
-            f'a write to {beside} under the wrong condition "{condition}" was done: this store '
-            "ignores conditions and would let both nodes win; it must not be used as arbiter. Use "
-            "another store, or a version of this one that has conditional writes"
+    async def _tried(self, expected: Expected | None) -> bool:
+        async with self._asking("proof"):
+            return await self._put(self._place.proof_key, expected, PROOF)
+
+    def _useless(self, condition: str) -> ArbiterError:
+        return self._failed(
+            "proof",
+            f'a write to {self._place.proof_key} under the wrong condition "{condition}" was done: '
+            "this store ignores conditions and would let both nodes win; it must not be used as "
+            "arbiter. Use another store, or a version of this one that has conditional writes",
         )
 
     @asynccontextmanager

@@ -2,7 +2,8 @@
 
 Each store of the project (`etcd`, `s3`, `azure-blob`) passes `tests/contract/test_record_stores.py`
 against a real server. Nothing here repeats a request by itself: whoever claims has to know what was
-sent (rule 11), and settles by reading. Every call is bounded by the store's `timeout_ms`.
+sent (rule 11), and settles by reading. Every call is bounded by the store's `timeout_ms`; a proof,
+which consists of several requests, by that for each of them.
 """
 
 from typing import Final, Protocol

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 State = dict[str, Any]
 ABOUT: Final = frozenset({"arbiter", "ping", "etcd", "s3", "azure-blob"})
+PROOFS_MAX: Final = 3
 NO_STORE: Final = bytes(ARBITER_IDENTITY_BYTES).hex()
 
 
@@ -134,10 +135,26 @@ async def make_new(c: "Conductor", s: Situation, store: RecordStore) -> int:
     outcome = await drive(path, store, no_command)
     if not outcome.won:
         raise RefusedError(f"arbiter move: {store.where}: {outcome.reason}")
-    held = await store.read()
-    if held is None:
-        raise ArbiterError(f"{store.where}: the record was removed as soon as it was made")
-    return (await store.prove(held)).record.counter
+    return await proven(store)
+
+
+async def proven(store: RecordStore) -> int:
+    """The counter of a record that this node could claim. The peer may write it as it is meanwhile:
+    it does so at the beginning of each life of its controller, and after its own move.
+
+    Raises:
+        ArbiterError: it could not, or something else writes there again and again.
+    """
+    for tries_left in reversed(range(PROOFS_MAX)):
+        held = await store.read()
+        if held is None:
+            raise ArbiterError(f"{store.where}: the record was removed as soon as it was made")
+        try:
+            return (await store.prove(held)).record.counter
+        except ArbiterError:
+            if not tries_left or await store.read() == held:
+                raise
+    raise AssertionError
 
 
 async def no_command(name: str, _args: State) -> State:

@@ -52,6 +52,7 @@ class Scribe:
         self._claimant = Claimant(mirror_id, config.me.id)
         self._turn = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
+        self._proof: asyncio.Task[Held] | None = None
         self._known = False
         self._tried_ms = float("-inf")
         self._read_ms = float("-inf")
@@ -140,6 +141,8 @@ class Scribe:
             raise RefusedError(f"arbiter move: {outcome.reason}")
 
     async def _decided(self, path: Callable[[State], Steps]) -> tuple[Verdict, str]:
+        if self._proof is not None:
+            self._proof.cancel()  # it is begun again, and may last where the store is slow
         async with self._turn:
             try:
                 await self._require_store()
@@ -214,7 +217,8 @@ class Scribe:
                 outcome = await self._drive(self._make_good(state))
                 self._force_is_open = self._force_is_open and not outcome.won
         elif now_ms - self._proven_ms >= PROVE_MS or self.trouble:
-            await self._prove()
+            if not await self._prove():
+                return
             if self.record is not None and self.record.moved:
                 raise ArbiterError(MOVED)
         else:
@@ -228,13 +232,22 @@ class Scribe:
         if not outcome.won:
             raise ArbiterError(outcome.reason)
 
-    async def _prove(self) -> None:
+    async def _prove(self) -> bool:
+        """Whether it came to its end: a claim or the like does not wait for it."""
         assert self._store is not None
         found = await self._read()
         require_not_set_back(found.record, self._state())
-        held = await self._store.prove(found)
-        self._note(held.record)
+        self._proof = asyncio.create_task(self._store.prove(found), name="proof")
+        try:
+            await asyncio.wait({self._proof})
+        finally:
+            proof, self._proof = self._proof, None
+            proof.cancel()
+        if proof.cancelled():
+            return False
+        self._note(proof.result().record)
         self._proven_ms = boottime_ms()
+        return True
 
     async def _read(self) -> Held:
         assert self._store is not None

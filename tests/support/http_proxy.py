@@ -53,6 +53,18 @@ def passing(request: Request, send: Callable[[Request], Answer]) -> Answer | Non
     return send(request)
 
 
+def slowly(delay_s: float) -> Plan:
+    """Each answer comes so late."""
+
+    never = threading.Event()
+
+    def plan(request: Request, send: Callable[[Request], Answer]) -> Answer | None:
+        never.wait(delay_s)
+        return send(request)
+
+    return plan
+
+
 def losing_writes(request: Request, send: Callable[[Request], Answer]) -> Answer | None:
     """What is written is written, and nobody is told."""
     answer = send(request)
