@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbdmirror import __version__
 from nbdmirror.controller.heart import boottime_ms
-from nbdmirror.core.cluster import standing
+from nbdmirror.core.cluster import policy, standing
 from nbdmirror.core.cluster.promise import promises
 from nbdmirror.core.cluster.view import OrderKind, Role, Verdict, View
 
@@ -186,6 +186,12 @@ def differences(c: "Conductor") -> str:
     return "; ".join(c.comparison.differences) or "what differs is being found out"
 
 
+def record_is_in_the_way(v: View) -> bool:
+    """Whether an order without force would wait: the record names the peer, or cannot be read."""
+    unclear = v.verdict in (Verdict.NO, Verdict.UNKNOWN)
+    return v.settings.memory and (unclear or policy.must_be_read(v))
+
+
 def remedy(v: View, error: str, waits: str = "") -> str:
     """What an operator could type, "" where nothing has to be done."""
     role = standing.role_of(v)
@@ -207,8 +213,7 @@ def remedy(v: View, error: str, waits: str = "") -> str:
         )
     gone = not v.peer.heard or not v.peer.wanted
     if role is Role.WAIT and engine is not None and gone and not v.held_back:
-        named = v.settings.memory and v.verdict is Verdict.NO
-        forced = " --force" if engine.promote_refusal or named else ""
+        forced = " --force" if engine.promote_refusal or record_is_in_the_way(v) else ""
         return (
             "start the other node; if it is gone for good, `nbdmirror prim"
             f"{forced}` makes this one serve, and says what may be lost"

@@ -89,8 +89,15 @@ def test_without_its_arbiter_a_pair_serves_and_a_lone_node_waits(etcd: Etcd) -> 
             status = c.beta.wait(lambda s: s["row"] == "takeover, unknown", "no answer")
             assert status["role"] == "WAIT"
             assert etcd.url in status["reason"]
+            assert "`nbdmirror prim --force`" in status["remedy"], "without, it would wait, too"
         c.beta.is_now("ALONE")
         assert read(c.beta) == b"c"
+        with etcd.frozen():
+            c.beta.lose()
+            c.beta.up()
+            status = c.beta.wait(lambda s: s["row"] == "right, unread", "it may have been deposed")
+            assert "`nbdmirror prim --force`" in status["remedy"]
+        c.beta.is_now("ALONE")
 
 
 def test_a_store_that_lost_everything_is_told_and_gets_its_record_again() -> None:
