@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import pytest
 
 from nbdmirror.core.decide import TABLE
+from tests.model.__main__ import main, run
 from tests.model.explore import DEAD_END, explore
-from tests.model.protocol import TWO_LINES, Model, main, run
+from tests.model.protocol import TWO_LINES, Model
 from tests.model.rules import ALL_RULES, Rule
 from tests.model.state import State, canonical, start
 

@@ -11,6 +11,7 @@ from tests.sim import sequences_crashes as crashes
 from tests.sim import sequences_disk as disk
 from tests.sim import sequences_hangs as hangs
 from tests.sim import sequences_holes as holes
+from tests.sim import sequences_joint as joint
 from tests.sim import sequences_kept as kept
 from tests.sim import sequences_machines as machines
 from tests.sim import sequences_mutants as shown
@@ -63,7 +64,7 @@ SEQUENCES: Final = {
         holes.command_while_the_peers_word_is_stored, shown.paused_again_and_again,
         shown.awake_for_moments,
         holes.swap_of_roles, holes.read_waits_for_write,
-        holes.cut_in_joint_step,
+        joint.cut_in_joint_step,
         disk.remote_zero_fails, disk.remote_trim_without_space, disk.local_zero_not_offered,
         disk.local_trim_fails, disk.failed_primary_acknowledges_nothing,
         disk.local_read_fails, disk.flush_without_space, disk.second_flush_fails,
@@ -103,8 +104,8 @@ SEQUENCES: Final = {
     **_named(
         "memory",
         crashes.stale_node_boots_alone, crashes.second_claim_loses, crashes.primary_hangs,
-        holes.joint_lost_then_both_claim, holes.joint_step_broken_off_again,
-        holes.late_look_at_the_record,
+        joint.joint_lost_then_both_claim, joint.joint_step_broken_off_again,
+        joint.late_look_at_the_record,
         holes.claim_flushes_first, holes.power_cut_bars_claim, holes.claim_applied_late,
         holes.claim_applied_then_killed, holes.winner_died, holes.arbiter_has_to_agree,
         holes.record_lost_to_nobody, words.words_for_a_claim,
