@@ -292,14 +292,31 @@ def claimed_now(node: Node, generation: bytes, *, won: bool) -> Path:
         raise RefusedError(f"claimed: {generation.hex()} is not the pending claim of this node")
     if not won:
         yield from node.change(
-            lambda sb: replace(sb, pending=NO_GENERATION, pending_kind=PendingKind.NONE)
+            lambda sb: replace(
+                pending_claim(sb, generation),
+                pending=NO_GENERATION,
+                pending_kind=PendingKind.NONE,
+            )
         )
         if node.role is Role.PRIMARY:
             yield from demote_now(node)
         return
-    yield from node.change(lambda sb: replace(sb, flags=sb.flags | Flags.ALONE))
+    yield from node.change(
+        lambda sb: replace(pending_claim(sb, generation), flags=sb.flags | Flags.ALONE)
+    )
     if node.role is Role.PRIMARY and node.sending_session() is None:
         node.go_on_alone()
+
+
+def pending_claim(sb: Superblock, generation: bytes) -> Superblock:
+    """`sb`, of which that claim is pending; asked again at the moment of storing.
+
+    Raises:
+        StaleCommandError: a joint step gave the right up meanwhile, and the record is set anew.
+    """
+    if sb.pending_kind is not PendingKind.CLAIM or sb.pending != generation:
+        raise StaleCommandError(f"claimed: {generation.hex()} was given up meanwhile: look again")
+    return sb
 
 
 def alone(node: Node) -> Path:

@@ -105,7 +105,7 @@ SEQUENCES: Final = {
         "memory",
         crashes.stale_node_boots_alone, crashes.second_claim_loses, crashes.primary_hangs,
         joint.joint_lost_then_both_claim, joint.joint_step_broken_off_again,
-        joint.late_look_at_the_record,
+        joint.late_look_at_the_record, joint.claim_settled_in_joint_step,
         holes.claim_flushes_first, holes.power_cut_bars_claim, holes.claim_applied_late,
         holes.claim_applied_then_killed, holes.winner_died, holes.arbiter_has_to_agree,
         holes.record_lost_to_nobody, words.words_for_a_claim,

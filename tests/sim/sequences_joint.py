@@ -6,7 +6,8 @@ from nbdmirror.core import roles
 from nbdmirror.core.cluster.claiming import Claimant
 from nbdmirror.core.describe import describe
 from nbdmirror.core.ports import Path
-from nbdmirror.core.superblock import DataState
+from nbdmirror.core.superblock import DataState, Flags
+from nbdmirror.errors import StaleCommandError
 from tests.sim.arbiter import at_arbiter, command_of
 from tests.sim.host import MIRROR_ID
 from tests.sim.sequences_crashes import begin_resync, until_target_took
@@ -78,6 +79,24 @@ def late_look_at_the_record(s: Scene) -> None:
 def no_time() -> Path:
     """A way to the store that takes no time."""
     yield from ()
+
+
+def claim_settled_in_joint_step(s: Scene) -> None:
+    """The record is told to say what A has, and A learns it while it gives that up: it stays so."""
+    s.pair()
+    s.part()
+    ended = s.begin(s.a, s.asking(s.a))
+    s.until(lambda: ended)
+    asked = ended[0][0]
+    assert s.swap(s.a, asked)
+    s.command(s.a, roles.claimed(s.node(s.a), asked["generation"], won=True))
+    s.heal()
+    s.until(lambda: s.node(s.a).giving_up)
+    late = s.begin(s.a, roles.claimed(s.node(s.a), asked["generation"], won=True))
+    s.until(lambda: late)
+    assert isinstance(late[0][1], StaleCommandError), late
+    assert Flags.ALONE not in s.on_disk(s.a).flags
+    s.synced()
 
 
 def cut_in_joint_step(s: Scene) -> None:

@@ -93,7 +93,7 @@ def test_no_seed_breaks_a_promise() -> None:
     least = {
         "acked": 50_000, "alone": 5_000, "flushes": 10_000, "reads": 10_000, "faults": 2_000,
         "syncs": 700, "joints": 700, "resumed": 50, "leaves": 30, "lowered": 50, "splits": 1,
-        "disk_errors": 500, "ENOSPC": 100, "EIO": 500, "ESHUTDOWN": 100, "EINVAL": 200,
+        "disk_errors": 500, "ENOSPC": 15, "EIO": 500, "ESHUTDOWN": 100, "EINVAL": 200,
         "spoken": 10, "told": 20, "deposed_reads": 300,
         "evicted_alone": 500, "evicted_in_sync": 5_000, "evicted_by_replica": 5_000,
     }  # fmt: skip

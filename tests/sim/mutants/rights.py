@@ -165,6 +165,16 @@ RIGHTS: Final = (
              "    while False:\n"),
         arbiters=("memory",), sequences=("late_look_at_the_record",), quick=True,
     ),
+    Mutant(
+        "claimed-in-the-joint-step", 9,
+        "(a) a claim is settled by what was true before its store had its turn: the right is back",
+        core("roles",
+             "    if sb.pending_kind is not PendingKind.CLAIM or sb.pending != generation:\n"
+             "        raise StaleCommandError(",
+             "    if sb.generation == generation:\n"
+             "        raise StaleCommandError("),
+        arbiters=("memory",), sequences=("claim_settled_in_joint_step",), quick=True,
+    ),
     # --- 10: freeze, flush, then the right -------------------------------------------------------
     Mutant(
         "alone-without-flush", 10,
