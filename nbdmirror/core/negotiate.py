@@ -25,10 +25,9 @@ from nbdmirror.core.messages import (
 )
 from nbdmirror.core.node import Node, Role
 from nbdmirror.core.ports import Path
-from nbdmirror.core.replica import replica
+from nbdmirror.core.resuming import hear_answers, may_resume, receive, resume, unsettled
 from nbdmirror.core.resync import resync
-from nbdmirror.core.session import EMPTY, Operation, Phase, Session
-from nbdmirror.core.session import Verdict as Outcome
+from nbdmirror.core.session import Phase, Session
 from nbdmirror.core.superblock import Flags, PendingKind, Superblock
 from nbdmirror.core.view import (
     dirty_count,
@@ -37,7 +36,6 @@ from nbdmirror.core.view import (
     state_message,
     view_of_state,
 )
-from nbdmirror.core.wire import FrameType
 from nbdmirror.errors import (
     NbdMirrorError,
     PeerProtocolError,
@@ -219,20 +217,6 @@ def claim_unsettled(node: Node) -> bool:
     )
 
 
-def may_resume(mine: State, theirs: State, session: Session) -> bool:
-    """`reconnected` (replay in order) is only for the same two engine instances.
-
-    Exactly one of them sends, neither may act alone or changed its generation since.
-    """
-    return bool(
-        mine.resume_session
-        and mine.resume_session == theirs.resume_session
-        and mine.peer_instance == session.peer.instance
-        and mine.generation == theirs.generation
-        and mine.primary_now != theirs.primary_now
-    )
-
-
 def require_unchanged(node: Node, told: State) -> None:
     """What was told must still be true when it is acted upon.
 
@@ -257,71 +241,6 @@ def require_unchanged(node: Node, told: State) -> None:
         told.resume_session,
     ):
         raise PeerRefusedError("this node changed while the two were comparing; try again")
-
-
-def resume(node: Node, session: Session, mine: State, theirs: State) -> Path:
-    """Go on where the lost session of the same two engines stopped: replay in order."""
-    last = node.last_session
-    assert last is not None
-    if last.sending:
-        require_contiguous(node, theirs.resume_applied)
-        session.phase = Phase.SYNCED
-        session.acked_seq = theirs.resume_applied
-        hear_answers(session)
-        session.sending = True
-        session.tell(SourceBegin(first_seq=theirs.resume_applied + 1, resume=True))
-        begin_lease(node, session)
-        replay(node, session, theirs.resume_applied)
-        node.frozen_reason = ""
-        node.answer()
-        yield (session.link.kick,)
-    else:
-        yield from session.expect(SourceBegin)
-        session.phase = Phase.SYNCED
-        session.applied_seq = session.acked_seq = mine.resume_applied
-        session.flush_done_seq = last.flush_done_seq
-        session.stable_seq = last.stable_seq
-        receive(node, session)
-    node.last_session = None
-    node.shell.emit("resumed", session=f"{session.number:016x}")
-
-
-def replay(node: Node, session: Session, applied: int) -> None:
-    """Send again what the peer did not apply, under its old numbers; settle what it did.
-
-    A durable operation that was applied waits for a flush of the new session.
-    """
-    flush_again = False
-    for operation in unsettled(node):
-        if operation.seq > applied:
-            session.submit(operation)
-        elif operation.durable:
-            session.awaiting_flush.append(operation)
-            flush_again = True
-        else:
-            operation.settle(Outcome.ACKNOWLEDGED)
-    if flush_again:
-        node.seq += 1
-        session.queue(FrameType.FLUSH, 0, node.seq, 0, 0, EMPTY)
-
-
-def unsettled(node: Node) -> list[Operation]:
-    """The frozen operations, in the order of their numbers."""
-    return [op for op in node.inflight if op.verdict is None]
-
-
-def require_contiguous(node: Node, applied: int) -> None:
-    """Every number that the peer lacks must still be here.
-
-    Raises:
-        PeerRefusedError: one is missing; the next contact compares from the beginning.
-    """
-    wanted = [op.seq for op in unsettled(node) if op.seq > applied]
-    if applied > node.seq or wanted != list(range(applied + 1, node.seq + 1)):
-        node.last_session = None
-        raise PeerRefusedError(
-            "what the peer has not applied is not all here any more; compare anew"
-        )
 
 
 def begin(node: Node, session: Session, decision: Decision, theirs: State) -> Path:
@@ -468,11 +387,6 @@ def start_sending(node: Node, session: Session, *, copying: bool) -> None:
     node.answer()
 
 
-def hear_answers(session: Session) -> None:
-    """Let acknowledgements in; data frames stay refused by the channel itself."""
-    session.channel.open_answers()
-
-
 def target(node: Node, session: Session, decision: Decision) -> Path:
     """The side that receives: give away its map, be inconsistent, apply."""
     if decision.kind in COPIES:
@@ -495,14 +409,6 @@ def target(node: Node, session: Session, decision: Decision) -> Path:
         require_live(session)
         node.in_sync(session)
     receive(node, session)
-
-
-def receive(node: Node, session: Session) -> None:
-    """Start applying."""
-    require_live(session)
-    node.take_role(Role.SECONDARY)
-    session.receiving = True
-    node.shell.spawn_replica(replica(node, session))
 
 
 def send_map(node: Node, session: Session, *, full: bool) -> Path:

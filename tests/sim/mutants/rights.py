@@ -416,7 +416,7 @@ RIGHTS: Final = (
     Mutant(
         "replay-with-gaps", 4,
         "a session goes on although the primary no longer has all that the peer lacks",
-        core("negotiate",
+        core("resuming",
              "    if applied > node.seq or wanted != list(range(applied + 1, node.seq + 1)):\n",
              "    if applied > node.seq:\n        del wanted\n"),
         sequences=("replay_cut_off",), quick=True,
