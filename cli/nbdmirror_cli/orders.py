@@ -203,9 +203,8 @@ def second(source: Source, limit_s: float | None, **how: bool) -> None:
     """Make this node secondary: it takes the writes of the other one.
 
     With --force the copy of this node is given up, after that was confirmed, and filled from the
-    other node: the way out of a split brain, on the side that loses. If that one serves, its
-    application is stopped first, and the other node serves from then on. After a split brain only
-    what differs is copied, and what this copy holds there is kept first, up to `keep_bytes` of the
+    other node: the way out of a split brain, on the side that loses. After a split brain only what
+    differs is copied, and what this copy holds there is kept first, up to `keep_bytes` of the
     configuration: see `nbdmirror kept`.
     """
     force, keep = how["force"], not how["no_keep"]
@@ -213,8 +212,7 @@ def second(source: Source, limit_s: float | None, **how: bool) -> None:
     order = Order("second", _second, args, moves=True)
     with controller(source, ORDER_TIMEOUT_S) as client:
         before = client.call("status")
-        engine = part(before, "engine")
-        if force and engine.get("role") == "primary" and not is_split(engine):
+        if force and part(before, "engine").get("role") == "primary":
             # The controller would say the same; nobody shall confirm a loss for nothing.
             raise RefusedError("second --force: this node serves; `nbdmirror stop` or `swap` first")
         if force:
@@ -223,19 +221,10 @@ def second(source: Source, limit_s: float | None, **how: bool) -> None:
         _carry_out(client, before, order, limit_s, as_json=how["as_json"])
 
 
-def is_split(engine: Facts) -> bool:
-    """Whether this node is a side of a split brain."""
-    flags = engine.get("flags")
-    return isinstance(flags, list) and "split" in flags
-
-
 def discard_loss(facts: Facts, *, keep: bool) -> str:
     """What `second --force` destroys, in words."""
     peer = word(facts, "peer_name") or "the other node"
-    engine = part(facts, "engine")
-    loss = printable(given_up(engine, keep=keep, peer=peer))
-    if engine.get("role") == "primary":
-        loss = f"This node serves: its application is stopped, and {printable(peer)} serves. {loss}"
+    loss = printable(given_up(part(facts, "engine"), keep=keep, peer=peer))
     if part(facts, "peer").get("heard") is True:
         return loss
     return f"{loss} {peer} is not heard now: until it is back, this node has no copy at all."

@@ -219,12 +219,7 @@ class Api:
                 "`nbdmirror second --force` gives this copy up and fills it from there; what it "
                 "holds is kept (`nbdmirror kept`)"
             )
-        if args.get("force") and primary and v.engine is not None and v.engine.split:
-            self._require_a_source(v)
-            c.orders.give_up(OPERATOR, keep=bool(args.get("keep", True)))
-            c.orders.start()
-            done = f"this node stops serving and gives its copy up; {v.settings.peer_name} serves"
-        elif args.get("force"):
+        if args.get("force"):
             kept = await self._give_up_copy(keep=bool(args.get("keep", True)))
             c.orders.start()
             held = "what it holds is kept (`nbdmirror kept show`)" if kept else "nothing is kept"

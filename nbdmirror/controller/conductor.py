@@ -319,7 +319,6 @@ class Conductor:
             Step.ASK_PEER: self._ask_peer,
             Step.ASK_ARBITER: self._ask_arbiter,
             Step.SETTLE: self._settle_claim,
-            Step.GIVE_UP: self._give_up,
         }
         try:
             await steps[self.decision.step]()
@@ -424,13 +423,6 @@ class Conductor:
         verdict, reason = await self._meanwhile(self.scribe.settle())
         if verdict is Verdict.UNKNOWN:
             raise ArbiterError(reason)
-
-    async def _give_up(self) -> None:
-        try:
-            await self.give_up(keep=self.orders.keep)
-        except StaleCommandError:
-            return  # a session began meanwhile; the order stands until the next look
-        self.orders.given_up(self.config.peer.id)
 
     async def _ask_peer(self) -> None:
         self.questions.peer_is_asked()

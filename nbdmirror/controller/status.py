@@ -207,8 +207,9 @@ def remedy(v: View, error: str, waits: str = "") -> str:
         return "look at the log of the engine, then `nbdmirror start`"
     if engine is not None and engine.split and not engine.primary:
         return (
-            "`nbdmirror second --force` here: this copy is given up, what it holds is kept; or the "
-            "same there: the other copy is given up, and this node serves"
+            "`nbdmirror second --force` here: this copy is given up, what it holds is kept; or, to "
+            "give the other one up: `nbdmirror stop` there, `nbdmirror prim --force` here, then "
+            "there `nbdmirror start` and `nbdmirror second --force`"
         )
     gone = not v.peer.heard or not v.peer.wanted
     if role is Role.WAIT and engine is not None and gone and not v.held_back:

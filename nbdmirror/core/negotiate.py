@@ -319,10 +319,6 @@ def source(node: Node, session: Session, decision: Decision, theirs: State) -> P
         full = decision.kind is DecisionKind.COPY_FULL
         rewrite = node.peer_failed or Flags.FAILED in theirs.flags
         yield from collect_union(node, session, full=full, rewrite=rewrite)
-        # The peer's copy was given up for this one: there are no two lines any more (rule 19).
-        yield from node.change(
-            while_live(session, lambda sb: replace(sb, flags=sb.flags & ~Flags.SPLIT))
-        )
     elif node.dirty.any():
         # Written since the states were told: the target has to be inconsistent first after all.
         copying = True

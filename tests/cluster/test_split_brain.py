@@ -116,10 +116,18 @@ def test_the_one_that_serves_is_given_up() -> None:
     """Breaks in the field: only the side that waits can lose, whatever the operator decides."""
     with Cluster() as c:
         split(c)
+        c.beta.order("stop")
+        c.beta.rests("STOP", "stopped")
         before = checksum(c.beta.data)
-        assert "alpha serves" in c.beta.order("second", force=True)["done"]
-        c.in_sync(c.alpha)
+        c.alpha.order("prim", force=True)
+        c.alpha.is_now("ALONE")
+        c.beta.order("start")
+        c.beta.wait(
+            lambda s: s["role"] == "WAIT" and bool((s["engine"] or {}).get("split")), "it waits"
+        )
         assert c.alpha.connect().pread(4096, MIB) == b"a" * 4096
+        c.beta.order("second", force=True)
+        c.in_sync(c.alpha)
         image = c.root / "image"
         assert kept(c.beta, "export", str(image)) == 0
         assert checksum(image) == before

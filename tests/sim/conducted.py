@@ -120,7 +120,6 @@ class NodeSide:
         self.checker_down = False
         self.router_cut = False
         self.on_promoted: Callable[[], None] = lambda: None
-        self.on_giving_up: Callable[[bool], None] = lambda _begins: None
         host.on_power = self.power_lost
 
     def boot(self) -> None:
@@ -388,7 +387,6 @@ class Controller:
             Step.ASK_PEER: self._ask_peer,
             Step.ASK_ARBITER: self._ask_arbiter,
             Step.SETTLE: self._settle_claim,
-            Step.GIVE_UP: self._give_up,
         }
         try:
             yield from steps[self.decision.step]()
@@ -494,16 +492,6 @@ class Controller:
         verdict, reason = yield from self._meanwhile("settle", self.scribe.settle())
         if verdict is Verdict.UNKNOWN:
             raise ArbiterError(reason)
-
-    def _give_up(self) -> Path:
-        self.node.on_giving_up(True)
-        try:
-            yield from self._on_engine("give-up", keep=self.orders.keep)
-        except StaleCommandError:
-            return
-        finally:
-            self.node.on_giving_up(False)
-        self.orders.given_up(2 - self.index)
 
     def _ask_peer(self) -> Path:
         self.questions.peer_is_asked()

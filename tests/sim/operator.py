@@ -6,7 +6,6 @@ change. Must never do what no command does.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Final
 
 from nbdmirror.core.cluster import policy
@@ -40,10 +39,8 @@ class Operator:
         self.checker = checker
         self.rng = world.rng["operator"]
         self.sane = False
-        self.counts = {"orders": 0, "remedies": 0, "forced": 0, "given_up_serving": 0}
+        self.counts = {"orders": 0, "remedies": 0, "forced": 0}
         self._since: dict[str, int] = {}
-        for node in pair.nodes:
-            node.on_giving_up = partial(self._giving_up, node)
 
     # --- orders, as the api takes them ------------------------------------------------------------
 
@@ -152,9 +149,7 @@ class Operator:
             yield from self._make_room(c)
         waits = engine is not None and engine.split and not engine.primary and v.wanted
         if self._lasts(f"{name} waits", waits):
-            there = next(each for each in self.pair.nodes if each is not node)
-            if self.rng.random() < 0.6 or not self._second_there(there):
-                yield from self._second(node)
+            yield from self._second(node)
         failed = engine is not None and bool(engine.failed) and v.wanted
         if self._lasts(f"{name} failed", failed):
             # "look at it, then stop and start"
@@ -202,40 +197,14 @@ class Operator:
             return False
         return True
 
-    def _second_there(self, node: NodeSide) -> bool:
-        """`second --force` on the side that serves; whether it was taken."""
-        c = node.controller
-        if c is None or c.life.paused_until_ms > self.world.now_ms:
-            return False
-        v = c.observer.view()
-        split = v.engine is not None and v.engine.primary and v.engine.split
-        if not split or not self._has_source(c) or c.orders.order is not None:
-            return False
-        self.world.note(f"operator: second --force at {node.host.name}, which serves")
-        c.orders.give_up(WHY, keep=self.rng.random() < 0.8)
-        c.orders.start()
-        c.wake()
-        self.counts["given_up_serving"] += 1
-        self._since.clear()
-        return True
-
-    def _giving_up(self, node: NodeSide, begins: bool) -> None:
-        """What the engine does now is what an operator asked for."""
-        if begins:
-            self.checker.forced, self.checker.gives_up = True, node.host.index
-        elif self.checker.gives_up == node.host.index:
-            self.checker.gives_up = None
-
-    def _has_source(self, c: Controller) -> bool:
-        """Whether the other node can fill this one, as the api asks it."""
-        body = c.peer_body
-        state = body.data_state if body is not None else ""
-        return c.observer.peer_heard() and state in ("uptodate", "outdated")
-
     def _second(self, node: NodeSide) -> Path:
         """`second --force`: this copy is given up and filled from the other node."""
         c = node.controller
-        if c is None or policy.is_primary(c.observer.view()) or not self._has_source(c):
+        if c is None or policy.is_primary(c.observer.view()):
+            return
+        body = c.peer_body
+        state = body.data_state if body is not None else ""
+        if not c.observer.peer_heard() or state not in ("uptodate", "outdated"):
             return
         if node.host.sb.data_state in (DataState.BLANK, DataState.INCONSISTENT):
             return

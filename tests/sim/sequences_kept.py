@@ -95,24 +95,6 @@ def given_up_copy_is_kept(s: Scene) -> None:
     assert s.on_disk(s.b).saved_bytes == 0
 
 
-def the_one_that_serves_is_given_up(s: Scene) -> None:
-    """A, which went on, steps back and is filled from B, which serves before that is done."""
-    mine, theirs = split(s)
-    s.command(s.a, roles.demote(s.node(s.a)))
-    s.checker.forced = True
-    assert s.command(s.a, giveup.give_up(s.node(s.a), keep=True))
-    s.checker.operator_decided(s.b)
-    s.until(lambda: s.node(s.b).session is not None and s.session(s.b).phase is Phase.RESYNC)
-    s.promote(s.b)
-    assert s.session(s.b).phase is not Phase.SYNCED, "it was filled before anybody served"
-    later = s.write(s.b, 7_000)
-    s.synced()
-    assert Flags.SPLIT not in s.on_disk(s.a).flags | s.on_disk(s.b).flags
-    s.both_have(*theirs, later)
-    assert not any(s.has(s.b, each) for each in mine)
-    s.checker.check_kept(s.a, "asked")
-
-
 def nothing_kept_if_not_wanted(s: Scene) -> None:
     """Without keeping B is a target by map all the same."""
     mine, _ = split(s)

@@ -198,14 +198,6 @@ CASES: Final[tuple[tuple[str, Step, str, View], ...]] = (
         engine=engine(phase="synced", peer_primary=True), order=OrderKind.PRIM)),
     ("resync", Step.NOTHING, "brought up to date", view(
         engine=engine(phase="resync", peer_primary=True, data_state="inconsistent"))),
-    ("given up here", Step.GIVE_UP, "for that of beta: why", view(
-        order=OrderKind.GIVE_UP, order_from="why", engine=engine(right_alone=True, split=True),
-        listening=True)),
-    ("given up there", Step.PROMOTE, "gave its copy up", view(
-        engine=engine(phase="resync", sends=True), peer=peer(swap_to=1))),
-    ("hand over", Step.LEAVE, "stepping back", view(
-        order=OrderKind.GIVE_UP, engine=primary(phase="", right_alone=True, split=True),
-        service=UP)),
     ("elected", Step.PROMOTE, "both name this one", view(
         engine=engine(phase="synced", peer_attended=True), peer=NAMES_ME, facts_id="f")),
     ("elected", Step.PROMOTE, "both name this one", view(engine=engine(phase="synced"))),

@@ -131,8 +131,6 @@ class Orders:
         self.order: OrderKind | None = None
         self.reason = ""
         self.force = False
-        # Of an order to give up this copy: whether what it holds is kept.
-        self.keep = True
         self.shutdown = ""
         self.swap_to = 0
         self.error = ""
@@ -173,21 +171,6 @@ class Orders:
         self.swap_to = to
         self._swap_until_s = self._now_s() + SWAP_S
 
-    def give_up(self, reason: str, *, keep: bool) -> None:
-        """Stop serving, and give this copy up for that of the peer, which serves from then on.
-
-        Raises:
-            RefusedError: another order is under way.
-        """
-        self.give(OrderKind.GIVE_UP, reason)
-        self.keep = keep
-
-    def given_up(self, peer_id: int) -> None:
-        """That is done: the peer hears that it is to serve."""
-        self.clear()
-        self.swap_to = peer_id
-        self._swap_until_s = self._now_s() + SWAP_S
-
     def start(self) -> None:
         """The node shall run; nothing holds it back any more."""
         self.shutdown = self._waits_for = self._waits_reason = ""
@@ -204,8 +187,8 @@ class Orders:
         self.order, self.reason, self.force, self.swap_to = None, "", False, 0
 
     def failed(self, reason: str) -> None:
-        """The engine refused a step: an order that needs it is over, with that answer."""
-        if self.order in (OrderKind.PRIM, OrderKind.GIVE_UP):
+        """The engine refused a step: an order to serve is over, with that answer."""
+        if self.order is OrderKind.PRIM:
             self.clear()
             self.error = reason
 
@@ -237,7 +220,7 @@ class Orders:
         primary = engine is not None and engine.primary
         if self.order is OrderKind.RESTART and (not primary or v.service is Service.DOWN):
             self.order = None
-        if self._hands_over() and engine is not None and not primary:
+        if self.order in policy.HANDS_OVER and engine is not None and not primary:
             self.order = None
         if self.order is OrderKind.PRIM:
             self._settle_prim(v, primary=primary)
@@ -257,10 +240,6 @@ class Orders:
             self.stop(f"stopped together with {v.settings.peer_name}")
         self._asked_by_peer(v, primary=primary)
         self._failback(v, primary=primary)
-
-    def _hands_over(self) -> bool:
-        """Whether the order is over as soon as this node does not serve any more."""
-        return self.order in policy.HANDS_OVER and self.order is not OrderKind.GIVE_UP
 
     def _settle_prim(self, v: View, *, primary: bool) -> None:
         """An order to serve is for now. It never lies in wait until the peer serves no more."""

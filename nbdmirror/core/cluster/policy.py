@@ -32,8 +32,6 @@ from typing import Final, TypeAlias
 
 from nbdmirror.core.cluster.view import (
     NEGOTIATING,
-    NO_SESSION,
-    SYNCED,
     Engine,
     OrderKind,
     Service,
@@ -59,7 +57,6 @@ class Step(StrEnum):
     ASK_PEER = "ask the peer to leave"
     ASK_ARBITER = "ask the arbiter"
     SETTLE = "settle the claim"
-    GIVE_UP = "give up this copy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,16 +212,6 @@ def elected(v: View) -> bool:
     return p.candidate == me and p.facts_seen == v.facts_id
 
 
-def given_up_there(v: View) -> bool:
-    """Whether the peer, which served, hands over by giving its copy up and is filled from here.
-
-    Once that is done, the two elect as ever.
-    """
-    filled = engine(v).sends and engine(v).phase not in (NO_SESSION, NEGOTIATING, SYNCED)
-    asked = v.peer.heard and v.peer.swap_to == v.settings.node_id
-    return filled and asked and promotable(v) and not peer_serves(v)
-
-
 def swap_back(v: View) -> bool:
     """Whether the peer is the preferred one, in sync, ready, and may serve."""
     s, p = v.settings, v.peer
@@ -372,7 +359,7 @@ UNKNOWN_PEER: Final = (
     "type `nbdmirror prim` if it is gone for good"
 )
 LISTENS: Final = "this controller has just begun to listen: the other node may serve by now"
-HANDS_OVER: Final = (OrderKind.SWAP, OrderKind.STOPSTART, OrderKind.WAIT, OrderKind.GIVE_UP)
+HANDS_OVER: Final = (OrderKind.SWAP, OrderKind.STOPSTART, OrderKind.WAIT)
 MOVING: Final = (Service.ENTERING, Service.LEAVING)
 
 TABLE: Final[tuple[Row, ...]] = (
@@ -501,10 +488,6 @@ TABLE: Final[tuple[Row, ...]] = (
     Row("primary", is_primary, Step.NOTHING, "this node serves, and the peer has every write"),
     # 4. A node that is not primary.
     Row(
-        "given up here", order_is(OrderKind.GIVE_UP), Step.GIVE_UP,
-        lambda v: f"this copy is given up for that of {v.settings.peer_name}: {v.order_from}",
-    ),
-    Row(
         "listening", lambda v: v.listening and engine(v).phase == "", Step.NOTHING, LISTENS,
     ),
     Row(
@@ -545,10 +528,6 @@ TABLE: Final[tuple[Row, ...]] = (
     Row(
         "resync", lambda v: bool(engine(v).phase) and engine(v).peer_primary, Step.NOTHING,
         lambda v: f"{v.settings.peer_name} serves; this copy is being brought up to date",
-    ),
-    Row(
-        "given up there", given_up_there, Step.PROMOTE,
-        lambda v: f"{v.settings.peer_name} gave its copy up for this one, which serves meanwhile",
     ),
     Row("elected", elected, Step.PROMOTE, "neither node serves, and both name this one"),
     Row(

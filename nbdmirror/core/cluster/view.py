@@ -71,7 +71,6 @@ class OrderKind(StrEnum):
     RESTART = "restart"
     STOPSTART = "stopstart"
     WAIT = "wait"
-    GIVE_UP = "give up"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +79,7 @@ class Engine:
 
     `asks`: clients wait, and nothing that is under way will end that. `met`: its last session was
     in sync, it ended, and nothing was decided over it since. `held`: a freeze is past its bound.
-    `claim_unsettled`: it may have been won, and nobody is met before that is known. `sends`: it is
-    the source of its session.
+    `claim_unsettled`: it may have been won, and nobody is met before that is known.
     """
 
     instance: str
@@ -106,7 +104,6 @@ class Engine:
     changing: str
     claim_unsettled: bool = False
     held: bool = False
-    sends: bool = False
 
     @property
     def synced(self) -> bool:
@@ -230,5 +227,4 @@ def engine_of(state: Mapping[str, Any]) -> Engine:
         changing=str(state.get("changing", "")),
         claim_unsettled=bool(state.get("claim_unsettled")),
         held=bool(state.get("held")),
-        sends=bool(session.get("sending")),
     )
