@@ -444,6 +444,7 @@ class Conductor:
             raise RefusedError("second --force: the engine is not running; `nbdmirror start` first")
         if self.engine_state.get("claim_unsettled"):
             await self._settle_before_giving_up()
+        self.scribe.forget_force()
         return bool((await self.command("give-up", keep=keep)).get("is_kept"))
 
     async def _settle_before_giving_up(self) -> None:

@@ -53,6 +53,7 @@ class Scribe:
         self._turn = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self._proof: asyncio.Task[Held] | None = None
+        self._deciding = 0
         self._known = False
         self._tried_ms = float("-inf")
         self._read_ms = float("-inf")
@@ -119,6 +120,10 @@ class Scribe:
             self._force_is_open = True
             await self._decided(self._make_good)
 
+    def forget_force(self) -> None:
+        """This copy was given up: an order to serve with it is over."""
+        self._force_is_open = False
+
     def _make_good(self, state: State) -> Steps:
         return self._claimant.make_good(state, forced_now=self._force_is_open)
 
@@ -141,16 +146,19 @@ class Scribe:
             raise RefusedError(f"arbiter move: {outcome.reason}")
 
     async def _decided(self, path: Callable[[State], Steps]) -> tuple[Verdict, str]:
+        self._deciding += 1
         if self._proof is not None:
             self._proof.cancel()  # it is begun again, and may last where the store is slow
-        async with self._turn:
-            try:
+        try:
+            async with self._turn:
                 await self._require_store()
                 outcome = await self._drive(path(self._state()))
                 self._force_is_open = self._force_is_open and not outcome.won
-            except NbdMirrorError as error:
-                self._note_trouble(error)
-                return Verdict.UNKNOWN, str(error)
+        except NbdMirrorError as error:
+            self._note_trouble(error)
+            return Verdict.UNKNOWN, str(error)
+        finally:
+            self._deciding -= 1
         return (Verdict.UNASKED if outcome.won else Verdict.NO), outcome.reason
 
     # --- beside it ------------------------------------------------------------------------------
@@ -237,17 +245,24 @@ class Scribe:
         assert self._store is not None
         found = await self._read()
         require_not_set_back(found.record, self._state())
-        self._proof = asyncio.create_task(self._store.prove(found), name="proof")
+        self._proof = proof = asyncio.create_task(self._store.prove(found), name="proof")
         try:
-            await asyncio.wait({self._proof})
+            while not self._is_wanted():
+                if (await asyncio.wait({proof}, timeout=LOOK_S))[0]:
+                    break
         finally:
-            proof, self._proof = self._proof, None
+            self._proof = None
             proof.cancel()
+            await asyncio.wait({proof})
         if proof.cancelled():
             return False
         self._note(proof.result().record)
         self._proven_ms = boottime_ms()
         return True
+
+    def _is_wanted(self) -> bool:
+        """Whether something waits that a proof must not hold up."""
+        return self._deciding > 0 or self._state().get("question") == "record-joint"
 
     async def _read(self) -> Held:
         assert self._store is not None

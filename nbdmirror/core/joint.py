@@ -26,7 +26,10 @@ from nbdmirror.core.superblock import (
     Superblock,
     advance_generation,
 )
-from nbdmirror.errors import PeerProtocolError, RefusedError, SessionLostError
+from nbdmirror.errors import PeerProtocolError, SessionLostError, StaleCommandError
+
+# An echo is answered at once, also while the peer's disk hangs. Whoever asks has other commands.
+CONFIRM_S = 1.5
 
 
 def joint_step(node: Node, session: Session) -> Path:
@@ -161,19 +164,21 @@ def confirm(node: Node, generation: bytes) -> Path:
     and what it wins later finds another version than the one that is replaced (rule 9b).
 
     Raises:
-        RefusedError: that joint step asks no more, or its session ended meanwhile.
+        StaleCommandError: that joint step asks no more, its session ended meanwhile, or the peer
+            does not answer; it is asked again as long as the question stands.
     """
     session = node.session
     if session is None or not is_asked(node, generation):
-        raise RefusedError(f"confirm-joint: no joint step asks for {generation.hex()} now")
+        raise StaleCommandError(f"confirm-joint: no joint step asks for {generation.hex()} now")
     lease = node.lease
     lease.ask(session, node.shell.now_ms(), node.log.txn)
     number = lease.number
     yield (session.link.kick,)
     while session.live and lease.answered_number < number:
-        yield from lease.wait(node.shell.waiter())
+        if not (yield from lease.wait(node.shell.waiter(), CONFIRM_S)):
+            raise StaleCommandError(f"confirm-joint: the peer gave no answer within {CONFIRM_S} s")
     if not session.live or not is_asked(node, generation):
-        raise RefusedError(f"confirm-joint: the session of {generation.hex()} ended meanwhile")
+        raise StaleCommandError(f"confirm-joint: the session of {generation.hex()} ended meanwhile")
 
 
 def is_asked(node: Node, generation: bytes) -> bool:

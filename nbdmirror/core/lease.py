@@ -93,10 +93,13 @@ class Lease:
         for waiter in waiters:
             waiter.wake()
 
-    def wait(self, waiter: Waiter) -> Path:
-        """Wait for the next echo that is answered, or the next change of this node's standing."""
+    def wait(self, waiter: Waiter, bound_s: float | None = None) -> Path:
+        """Wait for the next echo that is answered, or the next change of this node's standing.
+
+        Returns whether there was one within the bound.
+        """
         self._waiters.append(waiter)
-        yield (waiter.wait,)
+        return bool((yield (waiter.wait, bound_s)))
 
     # --- the peer's side ------------------------------------------------------------------------
 

@@ -248,13 +248,15 @@ def begin(node: Node, session: Session, decision: Decision, theirs: State) -> Pa
     node.stop_first = decision.stop_first and node.role is Role.PRIMARY
     if decision.kind not in GOES_ON or decision.stop_first:
         if decision.kind is DecisionKind.SPLIT_BRAIN:
-            yield from split_brain(node, theirs, waits=decision.stop_first)
+            yield from split_brain(node, session, theirs, waits=decision.stop_first)
         if peer_has_to_stop(decision):
             # A session that ends takes this node's verdict with it, and without it the other one
             # would never learn that it has to stop.
             yield (node.shell.waiter().wait, VERDICT_S)
-            if node.session not in (None, session):
-                require_live(session)  # the two have met again; this verdict is not news any more
+            if not session.live:
+                # What this node shows by now may be of a later contact, or of an operator's word.
+                node.shell.emit("refused", reason=decision.reason)
+                require_live(session)
         raise PeerRefusedError(decision.reason)
     settle_settings(node, theirs)
     node.shell.emit("decided", verdict=decision.kind.name, row=decision.row, reason=decision.reason)
@@ -271,14 +273,23 @@ def peer_has_to_stop(decision: Decision) -> bool:
     return (over_it or decision.kind is DecisionKind.SPLIT_BRAIN) and not decision.stop_first
 
 
-def split_brain(node: Node, theirs: State, *, waits: bool) -> Path:
+def split_brain(node: Node, session: Session, theirs: State, *, waits: bool) -> Path:
     """Record the verdict; the side that waits gives up its right, and stops serving if it does.
 
     Both copies are kept. The other side goes on alone; which of the two is given up is the
-    operator's choice (rule 19).
+    operator's choice (rule 19). A force on the side that waits ends the session first, and counts;
+    the side that goes on notes the verdict also where the other one has left already.
     """
     gone = Flags.ALONE | Flags.PEER_OUTDATED if waits else Flags(0)
-    yield from node.change(lambda sb: replace(sb, flags=(sb.flags | Flags.SPLIT) & ~gone))
+
+    def edit(sb: Superblock) -> Superblock:
+        if waits:
+            require_live(session)
+        return replace(sb, flags=(sb.flags | Flags.SPLIT) & ~gone)
+
+    yield from node.change(edit)
+    if waits:
+        require_live(session)
     own_bytes, peer_bytes = (each * node.sb.extent_bytes for each in (
         dirty_count(node), theirs.dirty_count))  # fmt: skip
     split = node.split

@@ -181,10 +181,12 @@ def test_a_copy_is_not_given_up_while_it_may_own_the_record(network: Switched) -
     ):
         c.start()
         with server.frozen():
+            c.alpha.signal(signal.SIGSTOP)  # else it asks beta to leave
             network.cut_streams()
             c.beta.wait(lambda s: s["engine"]["session"] is None, "the engines have parted")
             c.beta.kill()
             reserve(c.beta)
+            c.alpha.signal(signal.SIGCONT)
             c.beta.up()
             c.beta.wait(lambda s: s["peer"]["heard"] and s["engine"] is not None, "as it was")
             with pytest.raises(RefusedError, match="has asked the arbiter for the right"):

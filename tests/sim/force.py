@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from nbdmirror.core.durable import NO_GENERATION
 from nbdmirror.core.node import Role
 from nbdmirror.core.superblock import DataState, Superblock
+from tests.sim.world import ViolationError
 
 if TYPE_CHECKING:
     from tests.sim.checks import Checker
@@ -28,6 +29,8 @@ def stored(checker: "Checker", host: "Host", before: Superblock, after: Superblo
         checker.split = checker.open_force = checker.memory or lives
     if checker.gives_up == host.index and after.data_state in GIVEN_UP:
         checker.gives_up = None
+        if other.sb.data_state in GIVEN_UP:
+            raise ViolationError("both copies are given up")
         checker.operator_decided(other)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Final
 
 from nbdmirror.core.cluster import policy
-from nbdmirror.core.cluster.view import OrderKind, View
+from nbdmirror.core.cluster.view import OrderKind, Verdict, View
 from nbdmirror.core.decide import DecisionKind, decide
 from nbdmirror.core.node import Role
 from nbdmirror.core.ports import Path
@@ -208,6 +208,11 @@ class Operator:
             return
         if node.host.sb.data_state in (DataState.BLANK, DataState.INCONSISTENT):
             return
+        engine = c.observer.view().engine
+        if engine is not None and engine.claim_unsettled:
+            verdict, _ = yield from c.scribe.settle()
+            if verdict is Verdict.UNKNOWN:
+                return
         self.world.note(f"operator: second --force at {node.host.name}")
         self.checker.forced, self.checker.gives_up = True, node.host.index
         done = yield from self._typed(c, "give-up", keep=self.rng.random() < 0.8)
