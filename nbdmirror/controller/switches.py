@@ -10,6 +10,7 @@ without being asked to: `keeper` does it, in a thread of its own.
 import contextlib
 import json
 import os
+import stat
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -70,8 +71,7 @@ class Switches:
 
     def _read(self) -> Remembered:
         try:
-            with self._path.open("rb") as file:
-                self._stored = remembered(json.loads(file.read(FILE_BYTES_MAX)))
+            self._stored = remembered(json.loads(read_own(self._path)))
         except FileNotFoundError:
             return Remembered()
         except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as no:
@@ -104,8 +104,10 @@ class Switches:
         self._stored = None
         temporary = self._path.with_suffix(".json.new")
         data = json.dumps(asdict(wanted), indent=1).encode() + b"\n"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
+            # Never what is there: the engine's user may make files in this directory.
+            temporary.unlink(missing_ok=True)
             descriptor = os.open(temporary, flags, FILE_MODE)
             try:
                 write_all(descriptor, data, 0)
@@ -138,6 +140,23 @@ class Switches:
         """One more."""
         entry = (self._boot_id, uptime_s(), what[:REASON_CHARS_MAX])
         self.change(actions=(*self.now.actions, entry)[-ACTIONS_KEPT_MAX:])
+
+
+def read_own(path: Path) -> bytes:
+    """A file of this user's or of root's: the engine's user may make others of any name beside it.
+
+    Raises:
+        ValueError: it is no plain file, or somebody else's. OSError: it cannot be read.
+    """
+    # Without waiting for whoever would write into a FIFO.
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    with os.fdopen(os.open(path, flags), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is no plain file")
+        if status.st_uid not in {0, os.geteuid()}:
+            raise ValueError(f"it belongs to user {status.st_uid}")
+        return file.read(FILE_BYTES_MAX)
 
 
 def remembered(facts: Any) -> Remembered:

@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -261,8 +262,9 @@ def test_a_link_in_the_place_of_the_new_file_is_not_followed(path: Path) -> None
     path.with_suffix(".json.new").symlink_to(victim)
     made = Switches(path)
     made.change(failover=False)
-    assert "could not be stored" in kept(made)
+    assert kept(made) == ""
     assert victim.read_text() == "precious"
+    assert not path.is_symlink()
 
 
 def test_a_directory_that_is_not_there_stops_nothing(tmp_path: Path) -> None:
@@ -432,3 +434,42 @@ def test_the_bound_of_the_configuration_can_be_reached() -> None:
         getattr(each, "le", None) for each in ControllerSection.model_fields["actions_max"].metadata
     ]
     assert max(each for each in bounds if each is not None) <= switches.ACTIONS_KEPT_MAX
+
+
+def test_a_file_of_another_user_is_not_believed(path: Path, require_root: None) -> None:
+    """Breaks in the field: who is inside the engine writes a file of the controller's, and a node
+    that an operator stopped runs again, or without failover.
+    """
+    wanted = Switches(path).now
+    change(Switches(path), failover=False)
+    os.chown(path, 54321, 54321)
+    made = Switches(path)
+    assert "it belongs to user 54321" in made.note
+    assert made.now.failover
+    os.chown(path, 0, 0)
+    assert Switches(path).now == replace(wanted, failover=False)
+    path.unlink()
+    os.mkfifo(path)
+    assert "it is no plain file" in Switches(path).note, "and nobody waits for a writer"
+
+
+def test_what_lies_in_the_way_is_not_written_to(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks in the field: who is inside the engine puts a second name of a file of root's in the
+    place of the draft, or a file that it keeps open, and the controller writes into that.
+    """
+    victim = path.parent / "victim"
+    victim.write_text("precious")
+    draft = path.with_suffix(".json.new")
+    draft.hardlink_to(victim)
+    change(Switches(path), failover=False)
+    assert victim.read_text() == "precious"
+    assert path.stat().st_nlink == 1
+    assert Switches(path).now.failover is False
+    # It is there again at once.
+    draft.hardlink_to(victim)
+    monkeypatch.setattr(Path, "unlink", lambda _path, missing_ok: None)
+    with pytest.raises(StoreError, match="EEXIST"):
+        change(Switches(path), failover=True)
+    assert victim.read_text() == "precious"
