@@ -15,6 +15,7 @@ from typing import Any, Final, Required, TypedDict, Unpack
 
 from blake3 import blake3
 
+from nbdmirror import engine_user, ownership
 from nbdmirror.arbiters.registration import identity_for, look, register
 from nbdmirror.config import Config
 from nbdmirror.core.dirtymap import DirtyMap
@@ -44,6 +45,7 @@ from nbdmirror.store import FileStore
 MIRROR_ID_CONTEXT: Final = "nbdmirror 2026 mirror id"
 NO_IDENTITY: Final = bytes(ARBITER_IDENTITY_BYTES)
 DIRECTORY_MODE: Final = 0o700
+WAY_MODE: Final = 0o711
 OTHERS_MAY: Final = 0o077
 OTHERS_MAY_WRITE: Final = 0o022
 
@@ -124,11 +126,14 @@ def create(config: Config, size: int | None, **wanted: Unpack[Wanted]) -> Superb
     """Make the data and the metadata file of this node; all of it, or nothing.
 
     `size` is that of the device in bytes; None, only with `adopt`: that of the existing data file.
+    They belong to the user of the engine.
 
     Raises:
         ArbiterError: an arbiter with a memory cannot be asked.
-        ConfigError: no size, or one that the format cannot describe.
-        RefusedError: a file, or a record, that would have to be overwritten is there.
+        ConfigError: no size, or one that the format cannot describe; an engine's user that there is
+        none of, or who cannot get there.
+        RefusedError: a file, or a record, that would have to be overwritten is there; or what is
+        there cannot become the engine's user's.
         MetadataError: the adopted file is missing or smaller than the device.
         StoreError: the system refuses; OutOfSpaceError when the space cannot be reserved.
     """
@@ -140,6 +145,9 @@ def create(config: Config, size: int | None, **wanted: Unpack[Wanted]) -> Superb
         )
     if size is None:
         size = _size_to_adopt(data, adopt=adopt)
+    user = engine_user.another(config.engine.user)
+    if user is not None:
+        ownership.require_settled(config, user)
     superblock = first_superblock(
         config,
         size,
@@ -152,6 +160,7 @@ def create(config: Config, size: int | None, **wanted: Unpack[Wanted]) -> Superb
     undo: list[Callable[[], None]] = []
     try:
         _make_files(config, superblock, wanted, undo)
+        ownership.settle(config, user)
     except BaseException as error:
         for step in reversed(undo):
             with contextlib.suppress(OSError):  # the first error is the one to tell
@@ -180,6 +189,7 @@ def _make_files(
         # Before the metadata: without the record a node would be alone by its own word.
         register(config, superblock, replace=wanted.get("replace_record", False))
     create_metadata(config.metadata_file, superblock, superblock.geometry())
+    undo.append(config.metadata_file.unlink)
 
 
 def _store_identity(config: Config, wanted: Wanted) -> bytes:
@@ -206,7 +216,8 @@ def _make_directory(directory: Path, undo: list[Callable[[], None]]) -> None:
     missing = [each for each in (directory, *directory.parents) if not each.exists()]
     try:
         for each in reversed(missing):
-            each.mkdir(mode=DIRECTORY_MODE)
+            # Whoever the engine runs as gets through those above, and others see nothing there.
+            each.mkdir(mode=DIRECTORY_MODE if each == directory else WAY_MODE)
             undo.append(each.rmdir)
             sync_directory(each.parent)
     except OSError as error:
@@ -472,7 +483,7 @@ def _open_directory(part: str, directory: Path, owners: set[int], owner: int) ->
     for each, status in way:
         mode = stat.S_IMODE(status.st_mode)
         # In a sticky directory only the owner of a name can exchange it; not so for its own files.
-        sticky = each != real and mode & stat.S_ISVTX
+        sticky = mode & stat.S_ISVTX and (each != real or ownership.is_given(status, owner))
         if mode & OTHERS_MAY_WRITE and not sticky:
             problem = f"{each} has mode {mode:04o}"
             remedy = f"chmod {mode & ~OTHERS_MAY_WRITE:04o} {each}"

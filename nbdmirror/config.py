@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
+from nbdmirror import engine_user
 from nbdmirror.config_arbiters import (
     AzureBlobSection,
     EtcdSection,
@@ -163,7 +164,18 @@ def load(path: Path, node: str | None = None, *, with_key: bool = True) -> Confi
     Raises:
         ConfigError: its text lists every mistake: key, value, what is expected.
     """
-    raw = _read_toml(path)
+    return of_text(read_text(path), path, node, with_key=with_key)
+
+
+def of_text(
+    text: bytes, path: Path, node: str | None, *, with_key: bool = True, key: bytes = b""
+) -> Config:
+    """As `load`, of the text of a file. `key`: it was read already, and so was what else is secret.
+
+    Raises:
+        ConfigError: as load().
+    """
+    raw = _parsed_toml(text, path)
     problems: list[str] = []
     parsed: ConfigFile | None = None
     try:
@@ -176,12 +188,13 @@ def load(path: Path, node: str | None = None, *, with_key: bool = True) -> Confi
     problems += arbiter_problems(raw)
     name = _my_name(raw, node, problems)
     problems += file_problems(raw, path)
-    if with_key:
+    look = with_key and not key
+    if look:
         problems += socket_problems(raw, name)
         problems += arbiter_file_problems(raw)
-    key = b""
+        problems += engine_user.problems(raw, name)
     key_file = path_at(raw, "key_file")
-    if with_key and key_file is not None:
+    if look and key_file is not None:
         try:
             key = _read_key(key_file)
         except ConfigError as error:
@@ -248,7 +261,17 @@ def _node(parsed: ConfigFile, name: str) -> Node:
     return Node(name, section.id, section.address, data_dir, run_dir, heartbeats, probe)
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def user_now(config: Config) -> str:
+    """`engine.user` as the file has it by now; as it was read where it cannot be read any more."""
+    try:
+        value = lookup(_read_toml(config.source), ("engine", "user"))
+    except ConfigError:
+        return config.engine.user
+    return value if isinstance(value, str) else ""
+
+
+def read_text(path: Path) -> bytes:
+    """A file of a configuration. Raises ConfigError: it cannot be read, or is too large."""
     try:
         with path.open("rb") as file:
             text = file.read(CONFIG_BYTES_MAX + 1)
@@ -256,6 +279,14 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     if len(text) > CONFIG_BYTES_MAX:
         raise ConfigError(f"{path}: more than {CONFIG_BYTES_MAX} bytes; this is another file")
+    return text
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    return _parsed_toml(read_text(path), path)
+
+
+def _parsed_toml(text: bytes, path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(text.decode("utf-8"))
     except ValueError as error:  # TOMLDecodeError says line and column

@@ -5,6 +5,7 @@ report are held against. Must never: read a file, or judge keys against each oth
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Final, Literal, get_args
@@ -66,6 +67,7 @@ from nbdmirror.limits import (
 )
 
 NODE_ID_MAX: Final = 255
+_USER: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}")
 THREADS_MAX: Final = 64
 CONNECTIONS_MAX: Final = 1024
 ACK_TIMEOUT_MS_MAX: Final = 60_000
@@ -113,6 +115,14 @@ def _rate(value: object) -> int:
     if 0 < rate < RESYNC_CHUNK_BYTES:
         raise ValueError("slower than one resync block a second")
     return rate
+
+
+def _user(value: object) -> str:
+    if not isinstance(value, str) or not (value == "" or _USER.fullmatch(value)):
+        raise ValueError("not a name")
+    if value == "root":
+        raise ValueError('is no user without rights; where root starts the engine, "" is root')
+    return value
 
 
 class NodeSection(Section):
@@ -235,6 +245,13 @@ class EngineSection(Section):
         "word",
         '"ask" or "alone"',
         "who answers a freeze: whoever commands the engine, or the engine itself with `alone`",
+    )
+    user: Annotated[str, BeforeValidator(_user)] = key_field(
+        "",
+        "name",
+        '"", or a user of this host other than root, with a group of its own',
+        'whom the engine runs as, without any right; "": who starts it. For this file alone: the '
+        "nodes need not have the same",
     )
     lock_memory: bool = key_field(
         default=True,

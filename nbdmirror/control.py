@@ -13,6 +13,7 @@ false}} Reply:    {"id": 1, "ok": {...}}  or  {"id": 1, "error": {"kind": "...",
 import asyncio
 import json
 import os
+import socket
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -112,13 +113,21 @@ class ControlServer:
             "stop": self._stop,
         }
 
-    async def start(self, path: Path) -> None:
+    async def start(self, path: Path, bound: socket.socket | None = None) -> None:
         """Listen. The metadata lock is held, so a socket that is there is a dead engine's.
+
+        `bound`: the socket that was made there by whoever may. The kernel tells who connects that
+        it is this process's from now on, because it is this one that listens.
 
         Raises:
             RefusedError: what is there is no socket. ConfigError, OutOfSpaceError: it cannot be
             made.
         """
+        if bound is not None:
+            self._server = await asyncio.start_unix_server(
+                self._serve, sock=bound, limit=LINE_BYTES_MAX
+            )
+            return
         require_socket_path(path)
         try:
             remove_socket(path)

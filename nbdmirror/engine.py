@@ -68,10 +68,14 @@ EVENTS_LEAVE_S: Final = 0.5
 
 
 class Engine:
-    """One engine. `open` before the fork, `start` after it."""
+    """One engine. `open` before the fork, `start` after it.
 
-    def __init__(self, config: Config) -> None:
+    `control`: the bound control socket, where this process could not make one itself.
+    """
+
+    def __init__(self, config: Config, control: socket.socket | None = None) -> None:
         self.config = config
+        self._control = control
         self.instance = secrets.token_bytes(16)
         self.events = EventLog()
         self.driver = Driver()
@@ -225,7 +229,7 @@ class Engine:
             self._note_peer,
         )
         control = ControlServer(self)
-        await control.start(self.config.control_socket)
+        await control.start(self.config.control_socket, self._control)
         peering = self.loop.create_task(self.peering.run())
         peering.add_done_callback(self._peering_ended)
         self.events.emit("started", instance=self.instance.hex(), pid=os.getpid())

@@ -21,16 +21,19 @@ import socket
 import subprocess
 import sys
 import sysconfig
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
-from nbdmirror.config import Address, Config
+from nbdmirror import engine_user, handing, ownership
+from nbdmirror.becoming import CONTROL_FD, HANDED_FD, LISTEN_FDS_START, become
+from nbdmirror.config import Address, Config, of_text, read_text, user_now
 from nbdmirror.control_client import ControlClient
 from nbdmirror.errors import ConfigError, NbdMirrorError, RefusedError, StaleCommandError
 from nbdmirror.files import path_error, remove_socket, require_socket_path
 from nbdmirror.journal import STDERR, Journal
 
-LISTEN_FDS_START: Final = 3
+SOCKET_MODE: Final = 0o600
 LISTEN_BACKLOG: Final = 64
 POLL_S: Final = 0.1
 STOP_TIMEOUT_S: Final = 30.0
@@ -140,17 +143,10 @@ def listening_sockets(config: Config) -> list[socket.socket]:
     """
     sockets: list[socket.socket] = []
     path = config.export_unix
+    what = f"export.unix = {path}"
     make_directory(path.parent, "the directory of export.unix")
-    try:
-        remove_socket(path)
-    except OSError as error:
-        remedy = "this user has to own what is there"
-        raise path_error(error, f"export.unix = {path}", remedy) from error
-    before = os.umask(0o177)
-    try:
-        sockets.append(bound(socket.AF_UNIX, str(path), f"export.unix = {path}"))
-    finally:
-        os.umask(before)
+    clear(path, what)
+    sockets.append(listening(bound(socket.AF_UNIX, str(path), what), what))
     if config.export_tcp is not None:
         sockets.append(tcp_socket(config.export_tcp))
     return sockets
@@ -159,16 +155,36 @@ def listening_sockets(config: Config) -> list[socket.socket]:
 def tcp_socket(address: Address) -> socket.socket:
     """The listening TCP socket of the export."""
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    return bound(family, (address.host, address.port), f"export.tcp = {address}")
+    what = f"export.tcp = {address}"
+    return listening(bound(family, (address.host, address.port), what), what)
+
+
+def clear(path: Path, what: str) -> None:
+    """Remove the socket of a dead process. Raises ConfigError, RefusedError."""
+    try:
+        remove_socket(path)
+    except OSError as error:
+        raise path_error(error, what, "this user has to own what is there") from error
 
 
 def bound(family: int, address: Any, what: str) -> socket.socket:
-    """A socket that listens at `address`."""
+    """A socket at `address`, for its owner alone where that is a path. It does not listen yet."""
     made = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
-        if family != socket.AF_UNIX:
+        if family == socket.AF_UNIX:
+            os.fchmod(made.fileno(), SOCKET_MODE)  # so the path is born with it (unix(7))
+        else:
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(address)
+    except OSError as error:
+        made.close()
+        raise path_error(error, what, "name an address that is free here") from error
+    return made
+
+
+def listening(made: socket.socket, what: str) -> socket.socket:
+    """The same, and clients may come."""
+    try:
         made.listen(LISTEN_BACKLOG)
     except OSError as error:
         made.close()
@@ -258,27 +274,92 @@ def environment() -> dict[str, str]:
     }
 
 
+class Closes(Protocol):
+    """A socket, or a file."""
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        ...
+
+
+@dataclass(slots=True)
+class Prepared:
+    """One start of an engine. `places`: see becoming.py; what is `owned` here is closed here."""
+
+    command: list[str]
+    places: dict[int, int]
+    prepare: bool = False
+    owned: list[Closes] = field(default_factory=list)
+
+    def close(self) -> None:
+        """The engine has its own."""
+        for each in self.owned:
+            each.close()
+
+
+def prepared(config: Config, sockets: list[socket.socket]) -> Prepared:
+    """Everything that root has to do for an engine of another user; without one, next to nothing.
+
+    The user is the one that the file names by now, as everything else that an engine reads. Blocks.
+
+    Raises:
+        ConfigError, RefusedError, MetadataError, StoreError: it cannot be; nothing was changed.
+    """
+    text = b""
+    now = replace(config, engine=config.engine.model_copy(update={"user": user_now(config)}))
+    if now.engine.user:
+        text = read_text(config.source)
+        now = of_text(text, config.source, config.me.name)
+    user = engine_user.another(now.engine.user)
+    made = Prepared(command_line(config), places_of(sockets))
+    if user is not None:
+        program = (Path(made.command[0]), plugin_file(), Path(__file__).resolve())
+        engine_user.require_reach(user, read=(*program, Path(sys.executable)))
+    ownership.settle(now, user)
+    if user is None:
+        return made
+    control = control_place(now.control_socket)
+    made.owned = [control]
+    handed = handing.hand(text, now.key)
+    made.owned.append(handed)
+    made.places |= {CONTROL_FD: control.fileno(), HANDED_FD: handed.fileno()}
+    made.command += [f"control={CONTROL_FD}", f"handed={HANDED_FD}"]
+    made.command[:0] = engine_user.becoming(user)
+    made.prepare = now.engine.lock_memory
+    return made
+
+
+def places_of(sockets: list[socket.socket]) -> dict[int, int]:
+    """Where nbdkit looks for its sockets."""
+    return {LISTEN_FDS_START + index: each.fileno() for index, each in enumerate(sockets)}
+
+
+def control_place(path: Path) -> socket.socket:
+    """The control socket of an engine that may make none: bound, and nobody's before it listens.
+
+    Raises:
+        ConfigError: it cannot be made. RefusedError: a file that is no socket has its name.
+    """
+    clear(path, str(path))
+    return bound(socket.AF_UNIX, str(path), str(path))
+
+
 def start(config: Config, sockets: list[socket.socket], journal: Journal) -> int:
     """Fork and become nbdkit, with the sockets from descriptor 3 on; returns its pid."""
-    arguments = command_line(config)
+    made = prepared(config, sockets)
     variables = environment()
     pid = os.fork()
     if pid:
+        made.close()
         return pid
     try:
         # What the terminal or the service manager sends to the launcher's group is the launcher's
         # to answer: it stops the engine in order. nbdkit by itself would only end.
         os.setsid()
         os.dup2(journal.write_end, STDERR)
-        # First away from the low numbers, then to their places.
-        high = [fcntl.fcntl(each.fileno(), fcntl.F_DUPFD_CLOEXEC, 64) for each in sockets]
-        for index, descriptor in enumerate(high):
-            os.dup2(descriptor, LISTEN_FDS_START + index, inheritable=True)
-        variables["LISTEN_FDS"] = str(len(high))
-        variables["LISTEN_PID"] = str(os.getpid())
-        os.execve(arguments[0], arguments, variables)  # noqa: S606 - no shell is the point
+        become(made.places, made.command, variables, prepare=made.prepare)
     except OSError as error:
-        sys.stderr.write(f"nbdmirror: {arguments[0]}: {error.strerror}\n")
+        sys.stderr.write(f"nbdmirror: {made.command[0]}: {error.strerror}\n")
     finally:
         os._exit(127)
 

@@ -18,10 +18,13 @@ from nbdmirror.config import load
 from nbdmirror.driver import report_to_stderr
 from nbdmirror.engine import FUA, MAY_TRIM, Engine
 from nbdmirror.errors import NbdMirrorError
+from nbdmirror.handing import taken
 from nbdmirror.limits import NBD_REQUEST_BYTES_MAX
 from nbdmirror.threads import keep, sweep
 
 API_VERSION = 2
+# `handed` and `control` are descriptors, for an engine with a user of its own.
+KNOWN = ("configuration", "node", "handed", "control")
 EXTENT_TYPE_HOLE_ZERO = 3  # nbdkit.EXTENT_HOLE | nbdkit.EXTENT_ZERO
 
 # One line per error, not a traceback: refusals are a normal answer here.
@@ -52,8 +55,8 @@ def _the_engine() -> Engine:
 
 
 def config(key: str, value: str) -> None:
-    if key not in ("configuration", "node"):
-        raise RuntimeError(f"unknown parameter {key}={value}; known: configuration=, node=")
+    if key not in KNOWN:
+        raise RuntimeError(f"unknown parameter {key}={value}; known: {'=, '.join(KNOWN)}=")
     _parameters[key] = value
 
 
@@ -69,7 +72,10 @@ def thread_model() -> int:
 def after_fork() -> None:
     global _engine
     try:
-        engine = Engine(load(Path(_parameters["configuration"]), _parameters.get("node")))
+        if "handed" in _parameters:
+            engine = Engine(*taken(_parameters))
+        else:
+            engine = Engine(load(Path(_parameters["configuration"]), _parameters.get("node")))
         engine.start()
     except NbdMirrorError as error:
         sys.stderr.write(f"nbdmirror: {error}\n")

@@ -22,7 +22,7 @@ from nbdmirror.controller.engine_link import EngineLink
 from nbdmirror.controller.heart import Heart, boottime_ms
 from nbdmirror.controller.keeper import Keeper
 from nbdmirror.controller.moving import arbiter_of
-from nbdmirror.controller.reload import Comparison, config_id, facts_of
+from nbdmirror.controller.reload import Comparison, config_id, shared_facts
 from nbdmirror.controller.scribe import Scribe
 from nbdmirror.controller.service import Service
 from nbdmirror.controller.supervisor import KILL_S, Supervisor, listener_of
@@ -63,7 +63,7 @@ class Conductor:
         self.config = config
         self.events = events
         self._config_id = config_id(config)
-        self.comparison = Comparison(facts_of(config), config.key)
+        self.comparison = Comparison(shared_facts(config), config.key)
         self.switches = Switches(config.switches_file)
         self.keeper = Keeper(self.switches, self.tell)
         self.orders = Orders(
@@ -466,7 +466,7 @@ class Conductor:
     def reconfigure(self, config: Config, identity: str) -> None:
         """Use another configuration from now on, as far as it can take effect online."""
         old, self.config, self._config_id = self.config, config, identity
-        self.comparison = Comparison(facts_of(config), config.key)
+        self.comparison = Comparison(shared_facts(config), config.key)
         self.orders.reconfigure(config.controller)
         self.service.application.reconfigure(config.application)
         if old.checkers != config.checkers:
@@ -480,7 +480,7 @@ class Conductor:
         names = ("arbiter", "ping", "etcd", "s3", "azure_blob")
         self.config = replace(self.config, **{name: getattr(config, name) for name in names})
         self._config_id = config_id(config)
-        self.comparison = Comparison(facts_of(self.config), config.key)
+        self.comparison = Comparison(shared_facts(self.config), config.key)
         self.scribe = Scribe(self, mirror_id)
         self.scribe.begin()
         await stale.close()

@@ -27,6 +27,8 @@ FIXED: Final = frozenset({"mirror", "key_file", "arbiter", "me", "peer", "device
 CONFIG_ID_CHARS: Final = 16
 DIGEST_CONTEXT: Final = "nbdmirror configuration 1"
 COMMANDS: Final = frozenset({"application", "checkers"})
+# What each node has for itself, although the file is the same otherwise.
+OWN_KEYS: Final = frozenset({"engine.user"})
 DIFFERENCE_CHARS_MAX: Final = 400
 
 
@@ -63,6 +65,11 @@ def facts_of(config: Config) -> dict[str, str]:
     return dict(flat("", parts))
 
 
+def shared_facts(config: Config) -> dict[str, str]:
+    """Of these what the files of both nodes have to say alike."""
+    return {key: value for key, value in facts_of(config).items() if key not in OWN_KEYS}
+
+
 def flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
     """Rows of (dotted key, JSON)."""
     if isinstance(value, BaseModel):
@@ -83,7 +90,7 @@ def flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
 
 def config_id(config: Config) -> str:
     """What both nodes have in common when their files say the same."""
-    text = json.dumps(facts_of(config), sort_keys=True)
+    text = json.dumps(shared_facts(config), sort_keys=True)
     return blake3(text.encode()).hexdigest()[:CONFIG_ID_CHARS]
 
 
@@ -194,6 +201,8 @@ def how(key: str) -> str:
         return "not possible by `apply`: `nbdmirror arbiter move` on both nodes, in sync"
     if first in FIXED or key.endswith(".id"):
         return "not possible: fixed when the mirror was created"
+    if key == "engine.user":
+        return "restart the engine: `nbdmirror stop`, then `nbdmirror start`"
     if first in {"engine", "export"}:
         return "restart the node: `nbdmirror stop`, then the controller, then `nbdmirror start`"
     return "restart the controller"
@@ -215,4 +224,6 @@ def merged(old: Config, new: Config) -> Config:
         application=new.application,
         checkers=new.checkers,
         controller=limits,
+        # Read from the file by whoever starts an engine; from here on it is no change any more.
+        engine=old.engine.model_copy(update={"user": new.engine.user}),
     )

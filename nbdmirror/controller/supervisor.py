@@ -23,6 +23,7 @@ from time import monotonic
 from typing import Any, Final
 
 from nbdmirror import launcher
+from nbdmirror.becoming import LISTEN_FDS_START
 from nbdmirror.config import Config
 from nbdmirror.errors import RefusedError, UnreachableError
 from nbdmirror.files import require_socket_path
@@ -33,26 +34,25 @@ START_S: Final = 20.0
 LOOK_S: Final = 0.02
 KILL_S: Final = 5.0
 LOG_BYTES_MAX: Final = MIB
+PACKAGE_ROOT: Final = str(Path(__file__).resolve().parents[2])
 SYS_PIDFD_GETFD: Final = 438  # x86_64 and aarch64, Linux 5.6; Python has no name for it
-# Runs between fork and nbdkit. Socket activation wants descriptors from 3 on, and the own pid; and
-# an nbdkit started by it ends with its parent (PR_SET_PDEATHSIG, seen in 1.32.5), so the parent has
-# to be the first process of the machine. Tells its pid on standard output.
+# Runs between fork and nbdkit. An nbdkit that is started by socket activation ends with its parent
+# (PR_SET_PDEATHSIG, seen in 1.32.5), so the parent has to be the first process of the machine.
+# Tells its pid on standard output.
 SHIM: Final = """
-import fcntl, os, sys
+import os, sys
+sys.path.append(sys.argv[1])
+from nbdmirror.becoming import become
 parent = os.getpid()
 if os.fork():
     os._exit(0)
 while os.getppid() == parent:
     os.sched_yield()
 os.setsid()
-given = [int(each) for each in sys.argv[1].split(",")]
-high = [fcntl.fcntl(each, fcntl.F_DUPFD_CLOEXEC, 64) for each in given]
-for number, each in enumerate(high):
-    os.dup2(each, 3 + number, inheritable=True)
-os.environ["LISTEN_FDS"], os.environ["LISTEN_PID"] = str(len(high)), str(os.getpid())
 os.write(1, str(os.getpid()).encode())
 os.dup2(2, 1)
-os.execv(sys.argv[2], sys.argv[2:])
+places = dict(map(int, each.split("=")) for each in sys.argv[2].split(","))
+become(places, sys.argv[4:], dict(os.environ), prepare=sys.argv[3] == "prepare")
 """
 
 
@@ -148,14 +148,14 @@ class Supervisor:
         if not self._sockets:
             launcher.require_no_engine(self._config.control_socket)
             self._sockets = launcher.listening_sockets(self._config)
-        command = launcher.command_line(self._config)
-        numbers = [each.fileno() for each in self._sockets]
+        made = await asyncio.to_thread(launcher.prepared, self._config, self._sockets)
         log = self._open_log()
         try:
-            pid = await asyncio.to_thread(spawn, command, numbers, log)
+            pid = await asyncio.to_thread(spawn, made, log)
         except (OSError, ValueError, subprocess.SubprocessError) as error:
-            raise UnreachableError(f"{command[0]}: cannot be started: {error}") from error
+            raise UnreachableError(f"{made.command[0]}: cannot be started: {error}") from error
         finally:
+            made.close()
             os.close(log)
         self._starts.append(monotonic())
         try:
@@ -242,16 +242,18 @@ class Supervisor:
             self._lock = -1
 
 
-def spawn(command: list[str], numbers: list[int], log: int) -> int:
+def spawn(made: launcher.Prepared, log: int) -> int:
     """The pid of an nbdkit that is nobody's child here.
 
     Raises:
         OSError, ValueError, SubprocessError: there is none.
     """
+    places = ",".join(f"{to}={each}" for to, each in made.places.items())
+    how = (PACKAGE_ROOT, places, "prepare" if made.prepare else "")
     shim = subprocess.run(  # noqa: S603 - a fixed command
-        [sys.executable, "-I", "-S", "-c", SHIM, ",".join(map(str, numbers)), *command],
-        pass_fds=numbers, env=launcher.environment(), timeout=START_S, check=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,
+        [sys.executable, "-I", "-S", "-c", SHIM, *how, *made.command],
+        pass_fds=tuple(made.places.values()), env=launcher.environment(), timeout=START_S,
+        check=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,
     )  # fmt: skip
     return int(shim.stdout)
 
@@ -262,7 +264,7 @@ def sockets_of(pidfd: int, export: str) -> "list[socket.socket]":
     They are the first descriptors of an engine; the first one has to be bound to `export`.
     """
     found: list[socket.socket] = []
-    for number in range(launcher.LISTEN_FDS_START, launcher.LISTEN_FDS_START + 2):
+    for number in range(LISTEN_FDS_START, LISTEN_FDS_START + 2):
         made = duplicate(pidfd, number)
         if made is None:
             break

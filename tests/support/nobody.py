@@ -1,8 +1,8 @@
 """What a user without any rights reaches of a running node: run as a program, as that user.
 
 Owns the attempts. Reads paths and processes as JSON from standard input, and prints what it could
-do, one line each; nothing printed is as it should be. Must never change what it got at: it opens
-and closes.
+do, one line each; nothing printed is as it should be, but for what the user is to have. Must never
+change what it got at: it opens and closes.
 """
 
 import contextlib
@@ -21,14 +21,16 @@ SOCKET_S = 5.0
 OF_A_PROCESS = ("environ", "mem", "maps", "fd", "cwd", "io")
 
 
-def attempts(paths: list[Path], processes: list[int]) -> list[str]:
-    """What user nobody could do with these, run in a process of its own."""
+def attempts(
+    paths: list[Path], processes: list[int], user: tuple[int, int] = (NOBODY, NOBODY)
+) -> list[str]:
+    """What user and group could do with these, run in a process of its own."""
     asked = {"paths": [str(each) for each in paths], "processes": processes}
     program = Path(os.path.realpath(sys.executable))
     done = subprocess.run(
         [program, "-I", "-c", Path(__file__).read_text(encoding="utf-8")],
         input=json.dumps(asked), capture_output=True, text=True, check=False, timeout=BOUND_S,
-        user=NOBODY, group=NOBODY, extra_groups=[], cwd="/",
+        user=user[0], group=user[1], extra_groups=[], cwd="/",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
@@ -82,8 +84,7 @@ def with_process(pid: int) -> Iterator[str]:
 
 
 def main() -> None:
-    """As user nobody."""
-    assert os.getuid() == NOBODY
+    """As whom it was started."""
     asked = json.load(sys.stdin)
     found = [line for path in asked["paths"] for line in with_path(path)]
     found += [line for pid in asked["processes"] for line in with_process(pid)]

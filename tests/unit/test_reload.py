@@ -1,8 +1,12 @@
 """What `nbdmirror apply` says of the changes that it made."""
 
+import os
+from pathlib import Path
+
 import pytest
 
-from nbdmirror.controller.reload import told
+from nbdmirror.config import load
+from nbdmirror.controller.reload import config_id, facts_of, how, shared_facts, told
 
 
 @pytest.mark.parametrize(
@@ -17,3 +21,26 @@ from nbdmirror.controller.reload import told
 def test_changes_are_counted_in_words(online: int, later: int, sentence: str) -> None:
     """Breaks in the field: "1 changes are in force" makes a reader look for the others."""
     assert told(online, later) == sentence
+
+
+def test_the_nodes_need_not_have_the_same_user(tmp_path: Path) -> None:
+    """Breaks in the field: two servers whose users have other names are called different, and a
+    node is not started; or a change of the user is called in force when it is not.
+    """
+    (tmp_path / "key").touch(0o600)
+    (tmp_path / "key").write_bytes(os.urandom(32))
+    found = []
+    for name in ("", "one", "other"):
+        path = tmp_path / "demo.toml"
+        path.write_text(
+            f'mirror = "demo"\nkey_file = "{tmp_path / "key"}"\narbiter = "none"\n'
+            '[node.alpha]\nid = 1\naddress = "10.1.0.1:7789"\n'
+            '[node.beta]\nid = 2\naddress = "10.1.0.2:7789"\n'
+            f'[engine]\nuser = "{name}"\n'
+        )
+        found.append(load(path, "alpha", with_key=False))
+    assert len({config_id(each) for each in found}) == 1
+    assert not [key for key in shared_facts(found[0]) if "user" in key and "engine" in key]
+    assert [facts_of(each)["engine.user"] for each in found] == ['""', '"one"', '"other"']
+    assert how("engine.user").startswith("restart the engine: ")
+    assert how("engine.threads").startswith("restart the node: ")
