@@ -32,18 +32,21 @@ def header(node: str) -> str:
 def with_key(text: str, table: tuple[str, ...], key: str, value: str) -> str:
     """The text with one more key, or another value for it; comments and order are kept.
 
-    `table`: () for the top of the file, or ("node", name).
+    `table`: () for the top of the file, ("node", name), or the name of a table, which may be new.
 
     Raises:
         RefusedError: the file is written in a way that this cannot change and be sure.
     """
     expected = tomllib.loads(text)
     inner: dict[str, Any] = expected
-    for step in table:
-        inner = inner[step]
-    inner[key] = value
+    head = "" if not table else header(table[1]) if len(table) > 1 else f"[{table[0]}]"
     lines = text.splitlines()
-    start, end = _span(lines, header(table[1]) if table else "")
+    if len(table) == 1 and table[0] not in expected:
+        lines += ["", head]
+    for step in table:
+        inner = inner.setdefault(step, {})
+    inner[key] = value
+    start, end = _span(lines, head)
     line = f"{key} = {toml(value)}"
     pattern = re.compile(rf"\s*{re.escape(key)}\s*=")
     present = [at for at in range(start, end) if pattern.match(lines[at])]
@@ -55,7 +58,7 @@ def with_key(text: str, table: tuple[str, ...], key: str, value: str) -> str:
     with contextlib.suppress(tomllib.TOMLDecodeError):
         if tomllib.loads(made) == expected:
             return made
-    where = header(table[1]) if table else "the top of the file"
+    where = head or "the top of the file"
     raise RefusedError(
         f"{key} cannot be set in {where}: write `{line}` there on the first server, and make a new "
         "token with `nbdmirror invite`"

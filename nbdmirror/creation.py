@@ -31,9 +31,9 @@ from nbdmirror.config_fields import (
 from nbdmirror.config_schema import ARBITER_CHOICE, ARBITERS
 from nbdmirror.config_text import header, toml, with_key
 from nbdmirror.core.superblock import Superblock
-from nbdmirror.errors import ConfigError, NbdMirrorError, RefusedError
+from nbdmirror.errors import ConfigError, RefusedError
 from nbdmirror.file_system import MAKE_FILE_SYSTEM, make_file_system
-from nbdmirror.files import path_error, sync_directory
+from nbdmirror.files import path_error, sync_directory, write_new
 from nbdmirror.limits import PROBE_PORT
 from nbdmirror.token_exchange import Offer
 
@@ -74,7 +74,8 @@ class Plan:
 
     `size_bytes`: None only with `adopt`. `heartbeats`: pairs (of this node, of the peer) for
     further networks. `data_dir`, `run_dir`: for both nodes. `store`: keys and values of the table
-    that an arbiter with a memory has. `replace_record`: see admin.create.
+    that an arbiter with a memory has. `replace_record`: see admin.create. `engine_user`: "" is who
+    starts the engine.
     """
 
     mirror: str
@@ -95,6 +96,7 @@ class Plan:
     heartbeats: tuple[tuple[Address, Address], ...] = ()
     data_dir: Path | None = None
     run_dir: Path | None = None
+    engine_user: str = ""
     sparse: bool = False
     adopt: bool = False
     file_system: str | None = None
@@ -102,11 +104,12 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the files of this server go. `data_dir`, `run_dir`: None is what the file says."""
+    """Where the files of this server go, and whose they are; None is what the file says."""
 
     config_dir: Path
     data_dir: Path | None = None
     run_dir: Path | None = None
+    engine_user: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,6 +314,13 @@ def render(plan: Plan, config_dir: Path) -> str:
     lines += _node(plan.node, 1, first)
     lines += _node(plan.peer, 2, second)
     lines += _directories(plan)
+    if plan.engine_user:
+        lines += [
+            "",
+            "# Whom the engine runs as, without any right; each node may have another one here.",
+            "[engine]",
+            f"user = {toml(plan.engine_user)}",
+        ]
     lines += [
         "",
         "# A load balancer asks http://NODE:PORT/ready; each mirror of a server has its own port.",
@@ -413,6 +423,8 @@ def take(given: Offer, place: Place, node: str | None) -> Made:
     for key, path in (("data_dir", place.data_dir), ("run_dir", place.run_dir)):
         if path is not None:
             text = with_key(text, ("node", me), key, str(path.absolute()))
+    if place.engine_user is not None:
+        text = with_key(text, ("engine",), "user", place.engine_user)
 
     def metadata(config: Config) -> Superblock:
         _require_ports(config, taken(place.config_dir, given.mirror))
@@ -474,8 +486,8 @@ def _all_or_nothing(
     undo: list[Callable[[], None]] = []
     try:
         _make_directory(config_dir.absolute(), undo)
-        _write(secret, key, KEY_MODE, undo)
-        _write(config_file, _encoded(text), CONFIG_MODE, undo)
+        write_new(secret, key, KEY_MODE, undo)
+        write_new(config_file, _encoded(text), CONFIG_MODE, undo)
         config = load(config_file, node)
         return Made(config, metadata(config))
     except BaseException as error:
@@ -503,31 +515,3 @@ def _make_directory(directory: Path, undo: list[Callable[[], None]]) -> None:
             sync_directory(each.parent)
     except OSError as error:
         raise path_error(error, f"make {directory}", "run this as root") from error
-
-
-def _write(path: Path, content: bytes, mode: int, undo: list[Callable[[], None]]) -> None:
-    """A new file, whole and durable under its name or not there; nothing is overwritten."""
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        descriptor = os.open(
-            draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, KEY_MODE
-        )
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fchmod(file.fileno(), mode)  # whatever the umask is
-                os.fsync(file.fileno())
-            os.link(draft, path)
-            undo.append(path.unlink)
-        finally:
-            draft.unlink()
-        sync_directory(path.parent)
-    except FileExistsError as error:
-        raise RefusedError(f"{path} exists and is not overwritten: move it away") from error
-    except OSError as error:
-        raise _write_error(error, path) from error
-
-
-def _write_error(error: OSError, path: Path) -> NbdMirrorError:
-    return path_error(error, f"write {path}", "run this as root, or name another --config-dir")

@@ -1,13 +1,15 @@
 """What the data file, the metadata file and the key file have in common.
 
-Owns: opening a regular file without being led elsewhere, writing all of a buffer, making names
-durable, and the translation of an OSError into the project's errors. Must never: know what a file
-is for.
+Owns: opening a regular file without being led elsewhere, writing all of a buffer, a new file that
+is there whole or not at all, making names durable, and the translation of an OSError into the
+project's errors. Must never: know what a file is for.
 """
 
 import errno
 import os
+import secrets
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -109,3 +111,34 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_new(path: Path, content: bytes, mode: int, undo: list[Callable[[], None]]) -> None:
+    """A new file, whole and durable under its name or not there; nothing is overwritten.
+
+    `undo` gets what takes it away again.
+
+    Raises:
+        RefusedError: something has that name. ConfigError, OutOfSpaceError: it cannot be written.
+    """
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        descriptor = os.open(
+            draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE
+        )
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fchmod(file.fileno(), mode)  # whatever the umask is
+                os.fsync(file.fileno())
+            os.link(draft, path)
+            undo.append(path.unlink)
+        finally:
+            draft.unlink()
+        sync_directory(path.parent)
+    except FileExistsError as error:
+        raise RefusedError(f"{path} exists and is not overwritten: move it away") from error
+    except OSError as error:
+        remedy = "run this as root, or name another directory"
+        raise path_error(error, f"write {path}", remedy) from error

@@ -75,6 +75,11 @@ listen_option = click.option(
     metavar="IP[:PORT]",
     help="Where this server waits for the other one; default: the node's address, a free port.",
 )
+engine_user_option = click.option(
+    "--engine-user",
+    metavar="NAME",
+    help="Whom the engine runs as on this node, a user without rights; default: who starts it.",
+)
 
 
 # --- create --------------------------------------------------------------------------------------
@@ -114,6 +119,7 @@ listen_option = click.option(
 @config_dir_option
 @click.option("--data-dir", type=_PATH, metavar="DIR", help="Holds the data, on both nodes.")
 @click.option("--run-dir", type=_PATH, metavar="DIR", help="Holds the sockets, on both nodes.")
+@engine_user_option
 @click.option("--sparse", is_flag=True, help="Reserve no space, on both nodes.")
 @click.option("--adopt", is_flag=True, help="Keep the existing file `data` of the data directory.")
 @click.option(
@@ -197,6 +203,7 @@ def _plan(name: str, chosen: dict[str, Any]) -> tuple[Plan, Place]:
         heartbeats=tuple(_network(each, address.port) for each in chosen["heartbeat"]),
         data_dir=chosen["data_dir"],
         run_dir=chosen["run_dir"],
+        engine_user=chosen["engine_user"] or "",
         sparse=chosen["sparse"],
         adopt=chosen["adopt"],
         file_system=chosen["file_system"],
@@ -398,6 +405,7 @@ def _tell_token(invitation: Invitation, config: Config, timeout_s: int, *, as_js
 @config_dir_option
 @click.option("--data-dir", type=_PATH, metavar="DIR", help="Holds the data, on this node.")
 @click.option("--run-dir", type=_PATH, metavar="DIR", help="Holds the sockets, on this node.")
+@engine_user_option
 @json_option
 def join(token: str, **chosen: Any) -> None:
     """Make this server the second one of the mirror that TOKEN is for.
@@ -407,7 +415,8 @@ def join(token: str, **chosen: Any) -> None:
     blank and is filled when the engines meet. All of it is made, or nothing; nothing that exists is
     overwritten.
     """
-    place = Place(chosen["config_dir"], chosen["data_dir"], chosen["run_dir"])
+    directories = (chosen["config_dir"], chosen["data_dir"], chosen["run_dir"])
+    place = Place(*directories, chosen["engine_user"])
     parsed = parse_token(_read_token() if token == "-" else token)  # noqa: S105 - no secret, a dash
     done: list[Made] = []
 

@@ -17,6 +17,7 @@ from typing import Any, Self
 import click
 import pytest
 
+from nbdmirror.config import load
 from nbdmirror.errors import (
     AuthenticationError,
     ConfigError,
@@ -27,6 +28,9 @@ from nbdmirror.errors import (
 from nbdmirror_cli import options
 from nbdmirror_cli.create import interruptible
 from nbdmirror_cli.main import nbdmirror, run
+from tests.support.accounts import MakeAccount, make_account, way_for_users
+
+__all__ = ["make_account"]
 
 COMMAND = str(Path(sys.executable).parent / "nbdmirror")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "create-and-join.md"
@@ -160,6 +164,35 @@ def test_a_mirror_on_two_servers_with_one_token(servers: Servers) -> None:
     files = [each for each in servers.base.rglob("*") if each.is_file() and each.name != "data"]
     assert len(files) == 6
     assert not [each for each in files if plain in each.read_bytes()]
+
+
+@pytest.mark.slow
+def test_each_server_has_its_own_user_for_the_engine(
+    servers: Servers, make_account: MakeAccount
+) -> None:
+    """Breaks in the field: who wants an engine without rights has to type chown on both servers, or
+    to have the same users on both.
+    """
+    way_for_users(servers.base)
+    one, other = make_account(), make_account()
+    with Waiting(servers.create("--sparse", "--engine-user", one.name)) as first:
+        first.line()
+        token = first.line()["token"]
+        done = command(*servers.join("--engine-user", "not-here"), given=token)
+        assert done.returncode == ConfigError.exit_code
+        assert "there is no such user on this host" in done.stderr
+        assert not [each for each in servers.names() if each.startswith("b/")]
+        done = command(*servers.join("--engine-user", other.name), given=token)
+        assert done.returncode == 0, done.stderr
+        assert first.line()["event"] == "attempt"
+        assert first.line()["event"] == "joined"
+        assert first.ended() == 0
+    for name, node, user in (("a", "alpha", one), ("b", "beta", other)):
+        config = load(servers.base / name / "demo.toml", node)
+        assert config.engine.user == user.name
+        for path in (config.data_file, config.metadata_file):
+            assert path.stat().st_uid == user.uid
+        assert config.me.data_dir.stat().st_uid == 0
 
 
 @pytest.mark.slow

@@ -138,6 +138,7 @@ def test_every_choice_is_in_force(words: list[str], port: int) -> None:
         ((), "takeover"),
         (("node", "db.alpha"), "data_dir"),
         (("node", "beta"), "data_dir"),
+        (("paths",), "run_dir"),
     ],
 )
 def test_one_key_is_changed_and_nothing_else(table: tuple[str, ...], key: str) -> None:
@@ -151,6 +152,15 @@ def test_one_key_is_changed_and_nothing_else(table: tuple[str, ...], key: str) -
     assert tomllib.loads(made) == expected
     assert "# a comment" in made
     assert abs(len(made.splitlines()) - len(TEXT.splitlines())) <= 1
+
+
+def test_a_key_of_a_table_that_is_not_there(directory: Path) -> None:
+    """Breaks in the field: the second server's user of the engine gets into no file."""
+    made = with_key(TEXT, ("engine",), "user", "one")
+    assert made.startswith(TEXT)
+    assert tomllib.loads(made) == {**tomllib.loads(TEXT), "engine": {"user": "one"}}
+    with pytest.raises(RefusedError, match='write `user = "one"` there'):
+        with_key("engine = { threads = 1 }\n", ("engine",), "user", "one")
 
 
 @pytest.mark.parametrize(
