@@ -50,6 +50,7 @@ CLI_MAY_IMPORT = (
     "nbdmirror.controller.traces",
     "nbdmirror.core",
     "nbdmirror.creation",
+    "nbdmirror.engine_user",
     "nbdmirror.errors",
     "nbdmirror.invitation",
     "nbdmirror.kept",

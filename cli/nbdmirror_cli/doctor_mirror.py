@@ -20,6 +20,7 @@ import psutil
 from nbdmirror.config import Address, Config
 from nbdmirror.control_client import ControlClient
 from nbdmirror.controller import traces
+from nbdmirror.engine_user import MAKE_IT, account
 from nbdmirror.errors import ConfigError, NbdMirrorError
 from nbdmirror_cli.doctor import (
     FAIL,
@@ -40,6 +41,7 @@ from nbdmirror_cli.options import Source
 
 CONNECT_S: Final = 3.0
 ASK_S: Final = 5.0
+ACCOUNT_CHARS_MAX: Final = 31
 
 
 def checks(source: Source) -> list[Check]:
@@ -59,7 +61,10 @@ def checks(source: Source) -> list[Check]:
         lambda: Finding("configuration", OK, str(source.path)),
         *(
             partial(check, config)
-            for check in (data_files, run_directory, own_addresses, peer, controller_port)
+            for check in (
+                *(data_files, run_directory, user_of_engine),
+                *(own_addresses, peer, controller_port),
+            )
         ),
         partial(key, source),
         *([partial(store, source)] if config.arbiter.has_memory else []),
@@ -118,6 +123,40 @@ def run_directory(config: Config) -> Finding:
         what = f"{path}: others may write to it (mode {mode:04o})"
         return Finding("run directory", WARN, what, f"chmod 0700 {path}")
     return Finding("run directory", OK, str(path) + ("" if there == path else ", made when needed"))
+
+
+def user_of_engine(config: Config) -> Finding:
+    """Whom the engine runs as: it reads what the network and the clients send."""
+    name, user = "engine's user", config.engine.user
+    uid = _uid_of_engine(config)
+    if not user and (os.geteuid() if uid is None else uid):
+        return Finding(name, OK, "who starts it, which is not root")
+    if not user:
+        mine = f"nbdmirror-{config.mirror}"[:ACCOUNT_CHARS_MAX]
+        what = 'engine.user = "": the engine runs as root, and so does who breaks into it'
+        remedy = f'{MAKE_IT} {mine}`, engine.user = "{mine}", then restart the engine'
+        return Finding(name, WARN, what, remedy)
+    try:
+        found = account(user)
+    except ConfigError as error:
+        return Finding(name, FAIL, str(error), "as it says; the engine does not start before")
+    assert found is not None, "it has a name"
+    if uid not in {None, found.uid}:
+        what = f"the engine runs as user {uid}, and engine.user is {user} ({found.uid})"
+        return Finding(name, WARN, what, "restart the engine: `nbdmirror stop`, `nbdmirror start`")
+    return Finding(name, OK, f"{user}, user {found.uid}, without any right")
+
+
+def _uid_of_engine(config: Config) -> int | None:
+    """Of the engine that runs; None if none does, or it may not be asked."""
+    with (
+        suppress(NbdMirrorError, OSError, psutil.Error),
+        ControlClient(config.control_socket, ASK_S) as client,
+    ):
+        pid = int(client.call("state")["pid"])
+        # Not the owner of the directory: what may not be looked into is shown as root's.
+        return psutil.Process(pid).uids().effective
+    return None
 
 
 def own_addresses(config: Config) -> Finding:

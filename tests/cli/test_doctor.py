@@ -23,6 +23,9 @@ from nbdmirror_cli.options import Source
 from tests.cli.conftest import FakeEngine
 from tests.cli.fake_controller import FakeController
 from tests.cli.test_commands import Shell
+from tests.support.accounts import MakeAccount, make_account
+
+__all__ = ["make_account"]
 
 BOUND_S = 60.0
 STATES = {OK, WARN, FAIL}
@@ -460,3 +463,34 @@ interface = "lo"
     wanted.add("left over")
     assert not wanted - set(names)
     assert names.count("application") == 2
+
+
+def test_an_engine_that_runs_as_root_is_a_warning(
+    configured: Callable[..., Finding], make_account: MakeAccount
+) -> None:
+    """Breaks in the field: nobody learns that the engine has root's rights, or how to change it; or
+    that the user in the file is not on this host.
+    """
+    found = configured(doctor_mirror.user_of_engine)
+    assert found.state == WARN
+    assert "the engine runs as root" in found.what
+    assert "useradd --system --user-group" in found.remedy
+    assert 'engine.user = "nbdmirror-demo"' in found.remedy
+    found = configured(doctor_mirror.user_of_engine, '[engine]\nuser = "not-here"\n')
+    assert found.state == FAIL
+    assert "there is no such user on this host" in found.what
+    name = make_account().name
+    found = configured(doctor_mirror.user_of_engine, f'[engine]\nuser = "{name}"\n')
+    assert found.state == OK
+
+
+def test_an_engine_that_was_not_restarted_is_a_warning(
+    configured: Callable[..., Finding], make_account: MakeAccount, engine: FakeEngine
+) -> None:
+    """Breaks in the field: the file has a user, and the engine that runs is root's still."""
+    engine.state["pid"] = os.getpid()
+    name = make_account().name
+    found = configured(doctor_mirror.user_of_engine, f'[engine]\nuser = "{name}"\n')
+    assert found.state == WARN
+    assert "the engine runs as user 0" in found.what
+    assert "restart the engine" in found.remedy
