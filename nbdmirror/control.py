@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeAlias, TypeGuard
 
-from nbdmirror.core import giveup, joint, ports, roles
+from nbdmirror.core import claims, giveup, joint, ports, roles
 from nbdmirror.core.describe import describe
 from nbdmirror.core.leave import Word
 from nbdmirror.core.messages import Relay
@@ -98,6 +98,7 @@ class ControlServer:
             "confirm-joint": self._confirm_joint,
             "recorded": self._recorded,
             "seen": self._seen,
+            "named": self._named,
             "move-arbiter": self._move_arbiter,
             "reconnected": self._reconnected,
             "resync": self._resync,
@@ -378,6 +379,10 @@ class ControlServer:
             raise RefusedError("seen: reachable has to be true or false")
         self._note_counter(args)
         self._drive(guard(roles.seen(self._engine.node, reachable=reachable)))
+        return self._state(args)
+
+    def _named(self, args: Arguments, guard: Guard) -> dict[str, Any]:
+        self._drive(guard(claims.named(self._engine.node, generation_of(args))))
         return self._state(args)
 
     def _move_arbiter(self, args: Arguments, guard: Guard) -> dict[str, Any]:

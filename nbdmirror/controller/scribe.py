@@ -23,6 +23,7 @@ from nbdmirror.core.cluster.claiming import (
     State,
     Steps,
     Swap,
+    confirms,
     standing_of,
     told,
 )
@@ -221,6 +222,7 @@ class Scribe:
                 return
             await self._read()
             require_not_set_back(self.record, state)
+            await self._confirm(state)
             if state.get("right_alone") and self.standing() is Standing.NOBODY:
                 outcome = await self._drive(self._make_good(state))
                 self._force_is_open = self._force_is_open and not outcome.won
@@ -233,6 +235,12 @@ class Scribe:
             return
         self.trouble = ""
         await self._tell_engine(reachable=True)
+
+    async def _confirm(self, state: State) -> None:
+        """Metadata that had to fall back count where the record names what they say (rule 7)."""
+        if self.record is not None and confirms(self.record, state, self._c.config.me.id):
+            generation = self.record.generation.hex()
+            await self._c.link.command("named", state, generation=generation)
 
     async def _record_joint(self, state: State) -> None:
         """Also where the record is lost, or was set back: this is how it is made anew."""

@@ -113,3 +113,20 @@ def record_may_hold(node: Node) -> list[bytes]:
     if node.sb.flags & Flags.PEER_OUTDATED:
         holds.extend(node.sb.base)
     return holds
+
+
+def named(node: Node, generation: bytes) -> Path:
+    """The arbiter's record names this node under the generation of its right.
+
+    So nobody relies on anything newer: metadata that had to fall back are what counts (rule 7). A
+    state of which that would not be true is one in which the record was set anew, or the peer's.
+
+    Raises:
+        RefusedError: this node has no right, or under another generation.
+        StoreError: it cannot be stored; the doubt stays.
+    """
+    mine = node.sb.pending if any(node.sb.pending) else node.sb.generation
+    if not node.right or generation != mine:
+        raise RefusedError(f"named: {generation.hex()} is not what this node has the right under")
+    yield from node.change(lambda sb: replace(sb, flags=sb.flags & ~Flags.FELL_BACK))
+    node.fell_back = False

@@ -114,8 +114,8 @@ def feed_body(data: bytes) -> bool:
 
 COMMANDS: Final = (
     *("promote", "demote", "alone", "claim", "claimed", "confirm-joint", "recorded", "seen"),
-    *("reconnected", "resync", "drain", "discard", "give-up", "kept-discard", "kept-limit"),
-    *("accept-peer", "stay", "leave", "peer-left", "state", "attach", "relay"),
+    *("named", "reconnected", "resync", "drain", "discard", "give-up", "kept-discard"),
+    *("kept-limit", "accept-peer", "stay", "leave", "peer-left", "state", "attach", "relay"),
 )
 ARGUMENTS: Final[dict[str, Any]] = {
     "generation": "0f" * 16, "counter": 1, "won": True, "reachable": True, "force": False,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nbdmirror.core import giveup, joint, roles
+from nbdmirror.core import claims, giveup, joint, roles
 from nbdmirror.core.describe import describe
 from nbdmirror.core.leave import Word, left, reason_not_to_speak
 from nbdmirror.core.messages import Relay
@@ -80,6 +80,7 @@ def path_of(node: Node, name: str, args: dict[str, Any]) -> Path:
         "claimed": lambda: roles.claimed(node, generation, won=args["won"]),
         "confirm-joint": lambda: joint.confirm(node, generation),
         "recorded": lambda: at_once(roles.recorded, node, generation),
+        "named": lambda: claims.named(node, generation),
         "seen": lambda: roles.seen(node, reachable=args["reachable"]),
         "stay": lambda: at_once(roles.stay_word, node, generation),
         "leave": lambda: roles.leave_for_peer(node, word),

@@ -8,7 +8,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from nbdmirror.core.cluster.claiming import Claimant, Read, State, Steps, Swap, standing_of, told
+from nbdmirror.core.cluster.claiming import (
+    Claimant,
+    Read,
+    State,
+    Steps,
+    Swap,
+    confirms,
+    standing_of,
+    told,
+)
 from nbdmirror.core.cluster.view import Standing, Verdict
 from nbdmirror.core.ports import Path
 from nbdmirror.core.record import Record
@@ -121,6 +130,8 @@ class Scribe:
             if now_ms - self._read_ms < READ_MS:
                 return
             yield from self._read()
+            if self.record is not None and confirms(self.record, state, self._c.index + 1):
+                yield from self._c.command("named", generation=self.record.generation.hex())
             if state.get("right_alone") and self.standing() is Standing.NOBODY:
                 yield from self._drive(self._claimant.make_good(state))
         elif now_ms - self._proven_ms >= PROVE_MS or self.trouble:

@@ -4,9 +4,11 @@ Each shows a row or a condition of core/cluster/policy.py at work; the mutants o
 tests/sim/mutants/policy.py take these away. A sequence asserts what its docstring says.
 """
 
-from nbdmirror.core.superblock import DataState
+from nbdmirror.core.superblock import DataState, Flags
+from nbdmirror.limits import SUPERBLOCK_SLOT_OFFSETS_BYTES
 from tests.sim.conducted import NodeSide
 from tests.sim.conducted_scene import Stage
+from tests.sim.disk import Change
 
 # Silence, channel, a look or two, and what storing takes.
 TAKEOVER_MS = 6_000
@@ -259,6 +261,44 @@ def cut_leaves_the_owner(s: Stage) -> None:
     s.together()
 
 
+def fell_back(s: Stage) -> None:
+    """A, alone by the record, finds one slot of its metadata damaged after a restart."""
+    s.serving()
+    s.kill(s.b)
+    s.until(lambda: s.node(s.a).right and not s.node(s.a).sb.pending_kind, TAKEOVER_MS)
+    s.run(REST_MS)
+    s.kill(s.a)
+    s.a.application.running = False
+    at = SUPERBLOCK_SLOT_OFFSETS_BYTES[0]
+    s.a.host.meta.apply(Change(at, at + 512, b"\xee" * 512))
+
+
+def record_confirms_who_fell_back(s: Stage) -> None:
+    """Nothing newer was relied on, for the record names what the older slot says: A serves."""
+    fell_back(s)
+    s.a.boot()
+    s.until(lambda: s.serves(s.a), 2 * TAKEOVER_MS)
+    assert not s.node(s.a).fell_back
+    assert Flags.FELL_BACK not in s.a.host.sb.flags, "the next restart asks again"
+    s.b.boot()
+    s.together()
+    no_second_line(s)
+
+
+def record_of_another_confirms_nobody(s: Stage) -> None:
+    """The record names B, which was forced meanwhile: A stays in doubt, and waits."""
+    fell_back(s)
+    s.b.boot()
+    s.run(REST_MS)
+    s.operator.order("prim --force", s.b)
+    s.until(lambda: s.serves(s.b), 2 * TAKEOVER_MS)
+    s.cut()
+    s.a.boot()
+    s.run(2 * TAKEOVER_MS)
+    assert s.node(s.a).fell_back
+    assert not s.is_primary(s.a)
+
+
 EVERYWHERE = (
     node_of_the_primary_dies,
     engine_of_the_primary_dies,
@@ -273,4 +313,10 @@ EVERYWHERE = (
 )
 NONE = (engine_restarted_in_a_cut, cut_lets_both_go_on, alone_without_a_write)
 PING = (cut_off_primary_steps_back, switch_comes_back)
-MEMORY = (forced_peer_deposes, record_was_given_away, cut_leaves_the_owner)
+MEMORY = (
+    forced_peer_deposes,
+    record_was_given_away,
+    cut_leaves_the_owner,
+    record_confirms_who_fell_back,
+    record_of_another_confirms_nobody,
+)

@@ -19,7 +19,7 @@ from tests.sim.sequences import SEQUENCES, play
 
 HELPERS = {
     "begin_resync", "no_time", "until_target_took", "both_kept", "is_told", "returns", "hands_over",
-    "spawns", "images", "put", "replaced", "old_one_is_back",
+    "spawns", "fell_back", "images", "put", "replaced", "old_one_is_back",
     "set_back_when_copied", "speak", "word",
     "split", "give_up", "holds_image", "by_chance", "after", "by_chances",
     "takes_over", "no_second_line", "reads_for", "took_ms", "loses_peer",

@@ -353,6 +353,12 @@ def standing_of(record: Record, state: State, node_id: int, peer_id: int) -> Sta
     return Standing.PEER if record.owner == peer_id and not replaces else Standing.NOBODY
 
 
+def confirms(record: Record, state: State, node_id: int) -> bool:
+    """Whether the record settles what metadata that had to fall back leave open (rule 7)."""
+    has_right = bool(state.get("right_alone")) and bool(state.get("fell_back"))
+    return has_right and record.names(node_id, mine_of(state))
+
+
 def told(record: Record) -> str:
     """The record in a few words."""
     who = f"node {record.owner}" if record.owner != NOBODY else "nobody"

@@ -77,6 +77,17 @@ POLICY: Final = (
         sequences=("stale_node_boots_alone-none",), controllers=PRODUCTION, quick=True,
     ),
     Mutant(
+        "fell-back-and-named-by-nobody", 7,
+        "any record confirms a node whose metadata had to fall back",
+        core("cluster/claiming",
+             "    return has_right and record.names(node_id, mine_of(state))\n",
+             "    return has_right\n"),
+        defence=core("claims", "    if not node.right or generation != mine:\n",
+                     "    if not node.right or not mine:\n"),
+        arbiters=("memory",), sequences=("record_of_another_confirms_nobody-memory",),
+        controllers=PRODUCTION, quick=True,
+    ),
+    Mutant(
         "right-without-a-look", 14,
         "a node that had the right boots and serves, while the record names the other one",
         core("cluster/policy",
