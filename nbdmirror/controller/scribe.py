@@ -24,6 +24,7 @@ from nbdmirror.core.cluster.claiming import (
     Steps,
     Swap,
     confirms,
+    require_not_set_back,
     standing_of,
     told,
 )
@@ -336,16 +337,6 @@ class Scribe:
         if str(error) != self.trouble:
             self._c.tell(f"arbiter: {error}")
         self.trouble = str(error)
-
-
-def require_not_set_back(record: Record | None, state: State) -> None:
-    """Raises ArbiterError: both nodes may have seen more than the store knows (rule 21)."""
-    seen = int(state.get("arbiter_counter", 0))
-    if record is not None and record.counter < seen:
-        raise ArbiterError(
-            f"the record has counter {record.counter}, and {seen} was seen before: the store was "
-            "set back, and nobody claims from it; `nbdmirror resync` in sync makes it anew"
-        )
 
 
 Tell = Callable[[str, dict[str, Any]], Coroutine[Any, Any, dict[str, Any]]]

@@ -86,7 +86,7 @@ class Claimant:
         Raises:
             ArbiterError: no clear answer; begin again. RefusedError: the engine cannot now.
         """
-        held = self._usable((yield Read()), state)
+        held = usable((yield Read()), state)
         if held is None:
             return missing(state)
         if held.record.moved:
@@ -114,7 +114,7 @@ class Claimant:
         Raises:
             ArbiterError: no clear answer; begin again. RefusedError: the engine cannot now.
         """
-        held = self._usable((yield Read()), state)
+        held = usable((yield Read()), state)
         if held is None:
             return missing(state)
         return (yield from self._end(held, state, "the claim is not pursued any more"))
@@ -151,7 +151,7 @@ class Claimant:
             ArbiterError: no clear answer; begin again. RefusedError: the engine cannot now.
         """
         held = yield Read()
-        if not forced_now and self._usable(held, state) is None:
+        if not forced_now and usable(held, state) is None:
             return missing(state)
         record = held.record if held is not None else None
         prepared = yield Command("claim", {"generation": mine_of(state).hex()})
@@ -217,7 +217,7 @@ class Claimant:
         Raises:
             ArbiterError: no clear answer; begin again.
         """
-        held = self._usable((yield Read()), state)
+        held = usable((yield Read()), state)
         if held is None:
             return missing(state)
         yield from self._fence(held)
@@ -286,16 +286,6 @@ class Claimant:
         self._in_doubt = None
         return done
 
-    def _usable(self, held: Held | None, state: State) -> Held | None:
-        """Raises ArbiterError: the store was set back (rule 21)."""
-        seen = int(state.get("arbiter_counter", 0))
-        if held is not None and held.record.counter < seen:
-            raise ArbiterError(
-                f"the record has counter {held.record.counter}, and {seen} was seen before: the "
-                "store was set back, and nobody claims from it before both nodes have met"
-            )
-        return held
-
     def _after(self, record: Record | None, state: State, generation: bytes, owner: int) -> Record:
         """What follows the record; with a counter above every one that was seen."""
         seen = int(state.get("arbiter_counter", 0))
@@ -307,6 +297,22 @@ MOVED: Final = (
     "the record says that the mirror was moved to another arbiter, and this node still asks this "
     "one: put the new one into the configuration file and type `nbdmirror arbiter move` here"
 )
+
+
+def usable(held: Held | None, state: State) -> Held | None:
+    """What was read, unless the store was set back (rule 21). Raises ArbiterError: it was."""
+    require_not_set_back(held.record if held is not None else None, state)
+    return held
+
+
+def require_not_set_back(record: Record | None, state: State) -> None:
+    """Raises ArbiterError: both nodes may have seen more than the store knows (rule 21)."""
+    seen = int(state.get("arbiter_counter", 0))
+    if record is not None and record.counter < seen:
+        raise ArbiterError(
+            f"the record has counter {record.counter}, and {seen} was seen before: the store was "
+            "set back, and nobody claims from it; `nbdmirror resync` in sync makes it anew"
+        )
 
 
 def missing(state: State) -> Outcome:
