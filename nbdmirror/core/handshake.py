@@ -13,6 +13,9 @@ reach `done` without a proof from the other end over this very transcript.
 Both proofs are keyed hashes over all bytes exchanged so far, under a label for the sender's side,
 so a proof fits no other exchange, no other side and no edited message. What a HELLO claims is
 unproven when the listener answers it: nothing but the answer depends on it before CONFIRM.
+
+Inside TLS both proofs cover the `binding` besides: what tells this TLS channel from every other, as
+each end sees it. Somebody in the middle has two channels, so neither proof fits at its other end.
 """
 
 import hmac
@@ -41,6 +44,13 @@ MAC_BYTES: Final = 32
 ID_BYTES: Final = 16
 CHANNEL_DATA: Final = 0
 PREFIX_BYTES: Final = 3
+BINDING_BYTES: Final = 32
+# How a TLS record begins that opens or refuses a connection: its type, and the version's first byte
+# (RFC 8446, 5.1). As the length of one of our messages either is larger than any.
+TLS_BEGINS: Final = (b"\x16\x03", b"\x15\x03")
+TLS_DIFFERS: Final = (
+    "engine.tls differs: one node speaks TLS and the other one does not; set it to the same on both"
+)
 
 # blake3's key derivation keeps keys of different contexts apart (BLAKE3 paper, section 6.2).
 _CONTEXT_PROOF: Final = "nbdmirror 2026 peer channel v1 handshake proof"
@@ -68,6 +78,7 @@ class RefusalCode(IntEnum):
     VERSION = 5
     FEATURES = 6
     BUSY = 7
+    TLS = 8
 
 
 class Feature(IntFlag):
@@ -194,6 +205,7 @@ class Handshake:
         versions: lowest and highest protocol version this end speaks.
         features: bits of what this end offers; see `agreed`.
         required: bits without which this end does not want a session.
+        binding: 32 bytes that name the TLS channel around this handshake; none without TLS.
 
     Raises:
         ConfigError: the key is too short or too long.
@@ -208,6 +220,7 @@ class Handshake:
         versions: tuple[int, int] = (PROTOCOL_VERSION, PROTOCOL_VERSION),
         features: int = 0,
         required: int = 0,
+        binding: bytes = b"",
     ) -> None:
         if not KEY_BYTES_MIN <= len(psk) <= KEY_BYTES_MAX:
             raise ConfigError(
@@ -216,6 +229,7 @@ class Handshake:
             )
         assert len(nonce) == NONCE_BYTES, "a nonce has 32 bytes"
         assert 1 <= me.node_id <= 255, "a node id is 1 to 255"
+        assert len(binding) in {0, BINDING_BYTES}, "a binding is a hash, or none"
         self.done: Established | None = None
         self.refusal = b""
         self._dialer = dialer
@@ -224,6 +238,7 @@ class Handshake:
         self._versions = versions
         self._features = features
         self._required = required
+        self._binding = binding
         self._proof_key = _derive(psk, _CONTEXT_PROOF)
         self._session_key = _derive(psk, _CONTEXT_SESSION)
         self._transcript = b""
@@ -294,6 +309,8 @@ class Handshake:
 
     def _check_prefix(self, buffered: bytes) -> tuple[int, int]:
         """Type and length are judged before the body is waited for."""
+        if buffered[:2] in TLS_BEGINS:
+            self._refuse(RefusalCode.TLS, TLS_DIFFERS)
         length = int.from_bytes(buffered[:2], "big")
         kind = buffered[2]
         if kind not in (self._expected, HandshakeType.REFUSE):
@@ -417,15 +434,13 @@ class Handshake:
         self._agreed = version, features
 
     def _proof(self, label: bytes, transcript: bytes) -> bytes:
-        return blake3(label + transcript, key=self._proof_key).digest()
+        # Each of the three has one length under a label, so no two of them make the same bytes.
+        return blake3(label + transcript + self._binding, key=self._proof_key).digest()
 
     def _check_proof(self, label: bytes, transcript: bytes, proof: bytes) -> None:
         if not hmac.compare_digest(self._proof(label, transcript), proof):
             self.refusal = encode_refusal(RefusalCode.AUTHENTICATION, "authentication failed")
-            raise AuthenticationError(
-                "the other end does not hold this mirror's key (or the connection was tampered "
-                "with): install the same key on both nodes"
-            )
+            raise AuthenticationError(NOT_PROVEN_IN_TLS if self._binding else NOT_PROVEN)
 
     def _finish(self, confirm: bytes) -> None:
         """Both proofs are there (or sent): derive the session from all that was said."""
@@ -463,12 +478,22 @@ class Handshake:
         raise PeerRefusedError(text)
 
 
+NOT_PROVEN: Final = (
+    "the other end does not hold this mirror's key (or the connection was tampered with): install "
+    "the same key on both nodes"
+)
+NOT_PROVEN_IN_TLS: Final = (
+    "the other end does not hold this mirror's key, or its TLS ends at somebody in the middle who "
+    "has a certificate of his own: install the same key on both nodes, and look at what stands "
+    "between them"
+)
 _TOLD: Final[Mapping[RefusalCode, str]] = {
     RefusalCode.PROTOCOL: "this is not the handshake of a mirror's peer",
     RefusalCode.MIRROR: "this is another mirror",
     RefusalCode.NODE: "your node identity is mine, or none",
     RefusalCode.VERSION: "no protocol version in common",
     RefusalCode.FEATURES: "a required feature is missing",
+    RefusalCode.TLS: TLS_DIFFERS,
 }
 """What an end that has proven nothing is told: no identities, no versions."""
 
