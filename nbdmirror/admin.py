@@ -17,6 +17,7 @@ from blake3 import blake3
 
 from nbdmirror import engine_user, ownership
 from nbdmirror.arbiters.registration import identity_for, look, register
+from nbdmirror.certificate import make_if_missing
 from nbdmirror.config import Config
 from nbdmirror.core.dirtymap import DirtyMap
 from nbdmirror.core.geometry import Geometry
@@ -185,6 +186,10 @@ def _make_files(
     store.close()
     if fill is not None:
         fill(data)
+    if config.engine.tls == "on" and config.engine.tls_certificate is None:
+        own = config.tls_certificate
+        if make_if_missing(own, config.mirror, config.me.name):
+            undo.append(own.unlink)
     if config.arbiter.has_memory and not wanted["join"]:
         # Before the metadata: without the record a node would be alone by its own word.
         register(config, superblock, replace=wanted.get("replace_record", False))

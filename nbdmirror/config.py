@@ -44,12 +44,16 @@ from nbdmirror.config_fields import (
     parse_size,
 )
 from nbdmirror.config_files import (
+    TlsFiles,
     arbiter_file_problems,
     file_problems,
     files_of,
     lookup,
+    own_certificate,
     path_at,
     socket_problems,
+    tls_file_problems,
+    tls_problems,
 )
 from nbdmirror.config_schema import (
     ARBITER_CHOICE,
@@ -124,6 +128,8 @@ class Config:
     application: ApplicationSection
     virtual_addresses: tuple[VirtualAddressSection, ...]
     checkers: tuple[CheckerSection, ...]
+    tls_files: TlsFiles | None = field(default=None, repr=False)
+    """What those that TLS needs hold, where they were handed over: see handing.py."""
 
     @property
     def data_file(self) -> Path:
@@ -134,6 +140,16 @@ class Config:
     def metadata_file(self) -> Path:
         """The metadata file of this node."""
         return self.me.data_dir / "meta"
+
+    @property
+    def tls_certificate(self) -> Path:
+        """The certificate of this node."""
+        return self.engine.tls_certificate or own_certificate(self.me.data_dir)
+
+    @property
+    def tls_key(self) -> Path:
+        """Its key; in the same file where this node made both."""
+        return self.engine.tls_key or own_certificate(self.me.data_dir)
 
     @property
     def probe(self) -> Address | None:
@@ -186,12 +202,14 @@ def of_text(
     problems += _cross_problems(raw)
     problems += cluster_problems(raw)
     problems += arbiter_problems(raw)
+    problems += tls_problems(raw)
     name = _my_name(raw, node, problems)
     problems += file_problems(raw, path)
     look = with_key and not key
     if look:
         problems += socket_problems(raw, name)
         problems += arbiter_file_problems(raw)
+        problems += tls_file_problems(raw)
         problems += engine_user.problems(raw, name)
     key_file = path_at(raw, "key_file")
     if look and key_file is not None:

@@ -1,11 +1,12 @@
 """The files and sockets of one mirror on one node: their names, and what would replace what.
 
 Owns where each of them lies, as the raw configuration has it, and whether those for the arbiter's
-store can be read. Must never open one that holds data.
+store, and for TLS, can be read. Must never open one that holds data.
 """
 
 import os
 import stat
+from dataclasses import dataclass, field
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any, Final
@@ -14,9 +15,15 @@ from nbdmirror.config_arbiters import SECRETS, arbiter_files
 from nbdmirror.config_fields import NAME, parse_path
 from nbdmirror.errors import ConfigError, RefusedError, StoreError
 from nbdmirror.files import open_regular
-from nbdmirror.limits import ARBITER_SECRET_BYTES_MAX, SOCKET_PATH_BYTES_MAX
+from nbdmirror.limits import (
+    ARBITER_SECRET_BYTES_MAX,
+    SOCKET_PATH_BYTES_MAX,
+    TLS_CA_BYTES_MAX,
+    TLS_CERTIFICATE_BYTES_MAX,
+)
 from nbdmirror.secret_files import read_secret
 
+TLS_KEYS: Final = ("tls_certificate", "tls_key", "tls_ca")
 SOCKETS: Final = ("engine.sock in run_dir", "controller.sock in run_dir", "export.unix")
 
 
@@ -41,7 +48,8 @@ def file_problems(raw: dict[str, Any], source: Path) -> list[str]:
     problems: dict[str, None] = {}  # in order, each once: both nodes may have the same paths
     for name in nodes if isinstance(nodes, dict) else ():
         files = {"this file": source.absolute(), **files_of(raw, name)}
-        strange = arbiter_files(raw)  # among themselves they may be one: certificate and key
+        # Among themselves they may be one: certificate and key.
+        strange = {**arbiter_files(raw), **tls_files(raw)}
         pairs = [*combinations(files.items(), 2), *product(files.items(), strange.items())]
         for (first, one), (second, other) in pairs:
             problems.update(dict.fromkeys(collision(first, one, second, other)))
@@ -92,6 +100,7 @@ def files_of(raw: dict[str, Any], node: str) -> dict[str, Path]:
         **({"key_file": key_file} if key_file else {}),
         "data": directories["data_dir"] / "data",
         "meta": directories["data_dir"] / "meta",
+        "tls.pem in data_dir": own_certificate(directories["data_dir"]),
         "launcher.lock in run_dir": run_dir / "launcher.lock",
         "controller.json in data_dir": directories["data_dir"] / "controller.json",
         "engine.sock in run_dir": run_dir / "engine.sock",
@@ -142,3 +151,101 @@ def arbiter_file_problems(raw: dict[str, Any]) -> list[str]:
         except (ConfigError, RefusedError, StoreError) as error:
             problems.append(f'{key} = "{path}": {error}')
     return problems
+
+
+def own_certificate(data_dir: Path) -> Path:
+    """Where a node has the certificate that it made for itself, and its key."""
+    return data_dir / "tls.pem"
+
+
+def tls_files(raw: dict[str, Any]) -> dict[str, Path]:
+    """Every file for TLS that the configuration names rightly, under its key."""
+    found = {f"engine.{key}": path_at(raw, "engine", key) for key in TLS_KEYS}
+    return {key: path for key, path in found.items() if path is not None}
+
+
+def tls_problems(raw: dict[str, Any]) -> list[str]:
+    """What the keys for TLS must be together."""
+    has_certificate, has_key, has_ca = (
+        lookup(raw, ("engine", key)) is not None for key in TLS_KEYS
+    )
+    problems = [
+        f"engine.{lacking}: is not set, and engine.{there} is; expected both or neither"
+        for there, lacking, wrong in (
+            ("tls_certificate", "tls_key", has_certificate and not has_key),
+            ("tls_key", "tls_certificate", has_key and not has_certificate),
+        )
+        if wrong
+    ]
+    if has_ca and not has_certificate and not has_key:
+        problems.append(
+            "engine.tls_certificate: is not set, and engine.tls_ca is, by which the peer would "
+            "refuse the one that this node makes for itself; expected one that tls_ca signs"
+        )
+    return problems
+
+
+def tls_file_problems(raw: dict[str, Any]) -> list[str]:
+    """What is wrong with the files that TLS reads, if it is on."""
+    if lookup(raw, ("engine", "tls")) != "on":
+        return []
+    problems = []
+    for key, path in tls_files(raw).items():
+        try:
+            _read_tls_file(key, path)
+        except ConfigError as error:
+            problems.append(f'{key} = "{path}": {error}')
+    return problems
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """What the files for TLS hold; they are read once, so that all of it is of one moment."""
+
+    certificate: bytes
+    key: bytes = field(repr=False)
+    ca: bytes | None
+
+
+def read_tls_files(certificate: Path, key: Path, ca: Path | None) -> TlsFiles:
+    """Read them. Raises ConfigError; its text never holds a byte of the key."""
+    found = {}
+    for name, path in zip(TLS_KEYS, (certificate, key, ca), strict=True):
+        try:
+            found[name] = None if path is None else _read_tls_file(f"engine.{name}", path)
+        except ConfigError as error:
+            raise ConfigError(f'engine.{name} = "{path}": {error}') from error
+    mine, secret = found["tls_certificate"], found["tls_key"]
+    assert mine is not None
+    assert secret is not None
+    return TlsFiles(mine, secret, found["tls_ca"])
+
+
+def read_certificate(path: Path) -> bytes:
+    """The text of a file with certificates. Raises ConfigError."""
+    try:
+        return _read_tls_file("engine.tls_certificate", path)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def read_tls_key(path: Path) -> bytes:
+    """The key of TLS, if nobody else can read it. Raises ConfigError."""
+    return _read_tls_file("engine.tls_key", path)
+
+
+def _read_tls_file(key: str, path: Path) -> bytes:
+    remedy = "put it there, or leave the key out: then this node makes its own"
+    if key == "engine.tls_key":
+        return read_secret(path, 1, TLS_CERTIFICATE_BYTES_MAX, remedy)
+    most = TLS_CA_BYTES_MAX if key == "engine.tls_ca" else TLS_CERTIFICATE_BYTES_MAX
+    try:
+        with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as file:
+            text = file.read(most + 1)
+    except (RefusedError, StoreError) as error:
+        raise ConfigError(f"{error}; {remedy}") from error
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}") from error
+    if len(text) > most:
+        raise ConfigError(f"more than {most} bytes; expected PEM")
+    return text

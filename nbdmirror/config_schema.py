@@ -240,6 +240,30 @@ class EngineSection(Section):
         "what every frame between the nodes carries: a check, or a keyed code besides, which an "
         "attacker on the connection cannot make; if one node says mac, both use it",
     )
+    tls: Literal["off", "on"] = key_field(
+        "off",
+        "word",
+        '"off" or "on"',
+        "on: the channel between the nodes is encrypted (TLS 1.3), so that nobody on the way reads "
+        "or changes what they send; both nodes must have the same",
+    )
+    tls_certificate: AbsolutePath | None = key_field(
+        None,
+        "path",
+        "an absolute path",
+        "certificate (PEM) of this node, with those between it and tls_ca; with tls_key; default: "
+        "one that the node makes for itself",
+    )
+    tls_key: AbsolutePath | None = key_field(
+        None, "path", "an absolute path", "key (PEM) of tls_certificate"
+    )
+    tls_ca: AbsolutePath | None = key_field(
+        None,
+        "path",
+        "an absolute path",
+        "certificates (PEM) by which both nodes judge each other's, besides the mirror's key; "
+        "default: the key alone counts",
+    )
     on_freeze: Literal["ask", "alone"] = key_field(
         "ask",
         "word",

@@ -28,6 +28,7 @@ from typing import Any, Final, Protocol
 from nbdmirror import engine_user, handing, ownership
 from nbdmirror.becoming import CONTROL_FD, HANDED_FD, LISTEN_FDS_START, become
 from nbdmirror.config import Address, Config, of_text, read_text, user_now
+from nbdmirror.config_files import TlsFiles, read_tls_files
 from nbdmirror.control_client import ControlClient
 from nbdmirror.errors import ConfigError, NbdMirrorError, RefusedError, StaleCommandError
 from nbdmirror.files import path_error, remove_socket, require_socket_path
@@ -320,13 +321,21 @@ def prepared(config: Config, sockets: list[socket.socket]) -> Prepared:
         return made
     control = control_place(now.control_socket)
     made.owned = [control]
-    handed = handing.hand(text, now.key)
+    handed = handing.hand(text, now.key, named_for_tls(now))
     made.owned.append(handed)
     made.places |= {CONTROL_FD: control.fileno(), HANDED_FD: handed.fileno()}
     made.command += [f"control={CONTROL_FD}", f"handed={HANDED_FD}"]
     made.command[:0] = engine_user.becoming(user)
     made.prepare = now.engine.lock_memory
     return made
+
+
+def named_for_tls(config: Config) -> TlsFiles | None:
+    """What the files hold that the configuration names for TLS; its own one the engine reads."""
+    settings = config.engine
+    if settings.tls == "off" or settings.tls_certificate is None or settings.tls_key is None:
+        return None
+    return read_tls_files(settings.tls_certificate, settings.tls_key, settings.tls_ca)
 
 
 def places_of(sockets: list[socket.socket]) -> dict[int, int]:

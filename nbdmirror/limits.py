@@ -47,6 +47,22 @@ KEY_BYTES_MAX: Final = 4 * KIB
 
 RELAY_BYTES_MAX: Final = 2 * KIB
 
+# TLS around the peer channel.
+TLS_RECORD_BYTES: Final = 16 * KIB  # of plaintext, at most (RFC 8446, 5.1)
+TLS_BATCH_BYTES: Final = 256 * KIB  # encrypted at once, and at most so much waits for the socket
+TLS_READ_BYTES: Final = 256 * KIB
+TLS_ANSWERS_BYTES_MAX: Final = 64 * KIB  # what OpenSSL itself wants to say to a peer not reading
+TLS_HANDSHAKE_BYTES_MAX: Final = 128 * KIB
+# AES-GCM may protect 2^24.5 records, 23.7 million, with one key (RFC 8446, 5.5). Who sends data
+# begins a new connection, with other keys, when one direction has had TLS_RECORDS_RENEW; no end
+# sends more than TLS_RECORDS_MAX.
+TLS_RECORDS_RENEW: Final = 1 << 24
+TLS_RECORDS_MAX: Final = 5 << 22
+TLS_CERTIFICATE_BYTES_MAX: Final = 64 * KIB
+TLS_CA_BYTES_MAX: Final = 1 * MIB
+TLS_CERTIFICATE_DAYS: Final = 3_650
+TLS_CERTIFICATE_WARN_DAYS: Final = 30
+
 # NBD requests.
 NBD_REQUEST_BYTES_MAX: Final = 64 * MIB
 NBD_RANGE_BYTES_MAX: Final = 4 * GIB - 1
@@ -124,3 +140,4 @@ assert KEEPALIVE_MS * 3 <= SILENCE_MS
 assert READ_LEASE_MS_MIN <= READ_LEASE_MS < SILENCE_MS
 assert SILENCE_MS <= ACK_TIMEOUT_MS
 assert HEARTBEAT_MS * 5 <= SILENCE_MS
+assert TLS_RECORDS_RENEW < TLS_RECORDS_MAX < 2**24.5

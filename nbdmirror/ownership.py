@@ -1,6 +1,6 @@
 """Whose the files of a mirror on this node are: the engine's own user's, or root's.
 
-Owns owner and mode of the data directory and of `data`, `meta` and `kept` in it, where
+Owns owner and mode of the data directory and of `data`, `meta`, `kept` and `tls.pem` in it, where
 `engine.user` is set, and their way back to root. Must never: follow a link, touch a file that this
 mirror did not make, or give away a file while anybody else could exchange it.
 
@@ -34,7 +34,7 @@ from nbdmirror.files import FILE_MODE, open_regular, path_error
 from nbdmirror.metastore import FileMetaStore
 
 # The metadata last: its owner says whose all of them were.
-FILES: Final = ("data", "kept", "meta")
+FILES: Final = ("data", "kept", "tls.pem", "meta")
 OPEN_MODE: Final = stat.S_ISVTX | 0o770
 CLOSED_MODE: Final = stat.S_ISVTX | 0o700
 PLAIN_MODE: Final = 0o700

@@ -45,7 +45,9 @@ IMPURE = {
 # admin, and starts one through the launcher. All else would act behind an engine's back.
 CLI_MAY_IMPORT = (
     "nbdmirror.admin",
+    "nbdmirror.certificate",  # an engine reads it once, at its start
     "nbdmirror.config",
+    "nbdmirror.config_files",
     "nbdmirror.control_client",
     "nbdmirror.controller.traces",
     "nbdmirror.core",

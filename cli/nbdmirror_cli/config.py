@@ -11,6 +11,7 @@ from nbdmirror.config import KEYS, Address, Config, format_size
 from nbdmirror.core.cluster.promise import no_promise_c
 from nbdmirror.errors import ConfigError
 from nbdmirror_cli.options import Source, config_options, error_facts, json_option, print_json
+from nbdmirror_cli.tls import certificate_remark
 from nbdmirror_cli.view import print_table
 
 
@@ -42,15 +43,16 @@ def check(context: click.Context, source: Source, *, as_json: bool) -> None:
             }
         )
         context.exit(error.exit_code)
-    remark = no_promise_c(config.arbiter.word)
+    remarks = [no_promise_c(config.arbiter.word), *certificate_remark(config)]
     if as_json:
-        print_json({"path": str(config.source), "mistakes": [], "remarks": [remark]})
+        print_json({"path": str(config.source), "mistakes": [], "remarks": remarks})
         return
     click.echo(
         f"{config.source}: no mistakes. Mirror {config.mirror}, this node is {config.me.name} "
         f"({config.me.address}), the other one {config.peer.name} ({config.peer.address})."
     )
-    click.echo(f"Note: {remark}")
+    for remark in remarks:
+        click.echo(f"Note: {remark}")
 
 
 @config_group.command("show")

@@ -38,6 +38,7 @@ from nbdmirror_cli.doctor import (
 )
 from nbdmirror_cli.doctor_arbiter import store
 from nbdmirror_cli.options import Source
+from nbdmirror_cli.tls import certificate_finding
 
 CONNECT_S: Final = 3.0
 ASK_S: Final = 5.0
@@ -67,6 +68,7 @@ def checks(source: Source) -> list[Check]:
             )
         ),
         partial(key, source),
+        *([partial(certificate_finding, config)] if config.engine.tls == "on" else []),
         *([partial(store, source)] if config.arbiter.has_memory else []),
         *_optional(config),
         partial(leftovers, config, source),

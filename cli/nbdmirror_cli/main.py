@@ -23,6 +23,7 @@ from nbdmirror_cli.engine import engine_group
 from nbdmirror_cli.kept import kept_group
 from nbdmirror_cli.metadata import metadata_group
 from nbdmirror_cli.options import error_facts
+from nbdmirror_cli.tls import tls_group
 from nbdmirror_cli.view import printable
 
 INTERRUPTED = 130
@@ -60,7 +61,7 @@ for _command in (create, invite, join):
 nbdmirror.add_command(config_group)
 nbdmirror.add_command(metadata_group)
 nbdmirror.add_command(engine_group)
-for _command in (*COMMANDS, arbiter_group, kept_group, doctor, completion):
+for _command in (*COMMANDS, arbiter_group, kept_group, tls_group, doctor, completion):
     nbdmirror.add_command(_command)
 
 

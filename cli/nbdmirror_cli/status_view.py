@@ -25,6 +25,7 @@ from nbdmirror_cli.view import (
     kept_text,
     plain,
     printable,
+    protection_text,
     split_text,
 )
 
@@ -216,6 +217,7 @@ def _engine_rows(facts: Facts) -> list[Row]:
         ("way out", SPLIT_BRAIN_REMEDY if split and not word(facts, "remedy") else ""),
         ("resync waits", word(engine, "resync_waits")),
         ("kept", kept_text(engine)),
+        ("channel", _line(protection_text(part(engine, "session")))),
     )
 
 

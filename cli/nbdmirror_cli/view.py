@@ -109,7 +109,13 @@ def _session_text(state: dict[str, Any]) -> str:
     if not isinstance(session, dict):
         return "none: the peer is not connected"
     peer = "primary" if session.get("peer_primary") else "not primary"
-    return f"{session.get('number', '?')}, {session.get('phase', '?')}, the peer is {peer}"
+    parts = [str(session.get("number", "?")), str(session.get("phase", "?")), f"the peer is {peer}"]
+    return ", ".join(filter(None, [*parts, protection_text(session)]))
+
+
+def protection_text(session: dict[str, Any]) -> str:
+    """What guards the frames of a session, like `mac, TLSv1.3 TLS_AES_256_GCM_SHA384`."""
+    return ", ".join(str(session[key]) for key in ("integrity", "tls") if session.get(key))
 
 
 def _resync_text(state: dict[str, Any]) -> str:

@@ -264,6 +264,17 @@ def test_a_line_break_of_the_peer_draws_no_row(shell: Shell, controller: FakeCon
     assert "\n" not in summary(controller.status)
 
 
+def test_what_guards_the_channel_is_shown(shell: Shell, controller: FakeController) -> None:
+    """Breaks in the field: `tls = "on"` is in the file, and nobody sees whether it is in force."""
+    session = {"number": "01", "phase": "synced", "integrity": "crc", "tls": ""}
+    controller.change(engine={"session": session})
+    assert shell("status") == 0
+    assert rows_of(shell.out)["channel"] == "crc"
+    controller.change(engine={"session": {**session, "tls": "TLSv1.3 TLS_AES_256_GCM_SHA384"}})
+    assert shell("status") == 0
+    assert rows_of(shell.out)["channel"] == "crc, TLSv1.3 TLS_AES_256_GCM_SHA384"
+
+
 def test_events_of_any_shape_are_one_line() -> None:
     """Breaks in the field: one strange event ends the only view of what goes on."""
     event = {"number": 5, "at_ms": 1500, "event": "role", "role": "PRIM", "reason": "well"}

@@ -215,8 +215,12 @@ def test_an_error_is_json_where_json_was_asked_for(
     base: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
 ) -> None:
     """If this fails, a program that asked for JSON gets prose, or nothing, when it matters."""
-    arguments = {"create": ("--size", "1MiB"), "export": ("image",), "limit": ("1MiB",)}
-    more = arguments.get(words[-1], ())
+    arguments: dict[tuple[str, ...], tuple[str, ...]] = {
+        ("metadata", "create"): ("--size", "1MiB"),
+        ("kept", "export"): ("image",),
+        ("kept", "limit"): ("1MiB",),
+    }
+    more = arguments.get(words, ())
     code = run([*words, *more, "--json", "-c", str(base / "missing.toml")])
     out, err = capsys.readouterr()
     assert (code, err) == (errors.ConfigError.exit_code, "")

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbdmirror import creation
+from nbdmirror import certificate, creation
 from nbdmirror.config import Config, load
 from nbdmirror.config_fields import Address
 from nbdmirror.config_text import toml, with_key
@@ -196,6 +196,19 @@ def test_two_servers_belong_together(directory: Path) -> None:
     for name in ("a", "b"):
         modes = {each.name: each.stat().st_mode & 0o777 for each in (directory / name).iterdir()}
         assert modes == {"demo.toml": 0o644, "demo.key": 0o600}
+
+
+def test_a_second_server_makes_a_certificate_of_its_own(directory: Path) -> None:
+    """Breaks in the field: with `tls = "on"` a node that joins has the key of the first one's TLS,
+    or none, and does not start.
+    """
+    first = creation.make(plan(directory), Place(directory / "a"))
+    assert not first.config.tls_certificate.exists()
+    text = first.config.source.read_text(encoding="utf-8") + '\n[engine]\ntls = "on"\n'
+    place = Place(directory / "b", data_dir=directory / "beta", run_dir=directory / "run-b")
+    second = creation.take(offer_of(first.config, configuration=text), place, None)
+    assert second.config.tls_certificate == directory / "beta" / "tls.pem"
+    assert certificate.read(second.config.tls_certificate).subject == "CN=beta,O=demo"
 
 
 def test_with_the_same_directory_the_file_is_the_same(directory: Path) -> None:

@@ -44,3 +44,20 @@ def test_the_nodes_need_not_have_the_same_user(tmp_path: Path) -> None:
     assert [facts_of(each)["engine.user"] for each in found] == ['""', '"one"', '"other"']
     assert how("engine.user").startswith("restart the engine: ")
     assert how("engine.threads").startswith("restart the node: ")
+
+
+def test_the_nodes_compare_what_has_to_be_the_same_for_tls(tmp_path: Path) -> None:
+    """Breaks in the field: `tls` differs, and the status of neither node says that the files do."""
+    key = tmp_path / "key"
+    key.touch(0o600)
+    key.write_bytes(bytes(32))
+    lines = ['mirror = "demo"', f'key_file = "{key}"', 'arbiter = "none"']
+    for number, name in enumerate(("alpha", "beta"), 1):
+        lines += [f"[node.{name}]", f"id = {number}", f'address = "10.1.0.{number}:7789"']
+    facts = []
+    for tls in ("off", "on"):
+        path = tmp_path / f"{tls}.toml"
+        path.write_text("\n".join([*lines, "[engine]", f'tls = "{tls}"']))
+        facts.append(facts_of(load(path, "alpha")))
+    assert {name for name in facts[0] if facts[0][name] != facts[1][name]} == {"engine.tls"}
+    assert how("engine.tls").startswith("restart the node")
