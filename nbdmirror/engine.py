@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from functools import partial
 from typing import Any, Final
 
 import uvloop
@@ -22,7 +23,6 @@ from nbdmirror.clients import disconnect_clients, listening_addresses
 from nbdmirror.config import Config
 from nbdmirror.control import ControlServer, Guard
 from nbdmirror.core import io, negotiate, roles
-from nbdmirror.core.channel import Channel
 from nbdmirror.core.checks import crcmod_is_compiled
 from nbdmirror.core.durable import Opened
 from nbdmirror.core.handshake import Identity
@@ -54,8 +54,11 @@ from nbdmirror.limits import REASON_BYTES_MAX
 from nbdmirror.link import TcpLink
 from nbdmirror.metastore import FileMetaStore
 from nbdmirror.peering import Credentials, Peering
-from nbdmirror.receiver import Receiver
+from nbdmirror.receiver import Receiver, Source
 from nbdmirror.store import FileStore
+from nbdmirror.tls import TlsSetup, prepare
+from nbdmirror.tls_link import SPENT, TlsLink
+from nbdmirror.unproven import Proven
 from nbdmirror.witness import boot_id_override, read_boot_identity
 
 TICK_S: Final = 0.1
@@ -96,6 +99,7 @@ class Engine:
         self._looks = 0
         self._unproven = ""
         self._main_task: asyncio.Task[None]
+        self._tls: TlsSetup | None = None
 
     # --- start and stop -----------------------------------------------------------------------
 
@@ -113,6 +117,7 @@ class Engine:
             for refusal in memory.lock_memory():
                 self.events.emit("memory", refused=refusal)
         opened = self._open_files()
+        self._prepare_tls()
         self._build(opened)
         self.driver.drive(settle(self.node, opened))
         self._look_for_writeback_error()
@@ -155,6 +160,14 @@ class Engine:
         for note in (*opened.notes, *filter(None, [identity.doubt])):
             self.events.emit("metadata", note=note)
         return opened
+
+    def _prepare_tls(self) -> None:
+        """Under the metadata's lock: no other engine makes the certificate, too."""
+        prepared = prepare(self.config)
+        if prepared is not None:
+            self._tls = prepared.setup
+            for note in prepared.notes:
+                self.events.emit("tls", note=note)
 
     def _look_for_writeback_error(self) -> None:
         """Rule 12: a page cache that lost a write has not survived; the kernel tells it once."""
@@ -222,7 +235,9 @@ class Engine:
             instance=self.instance,
         )
         self.peering = Peering(
-            Credentials(identity, self.config.key, self.config.engine.integrity == "mac"),
+            Credentials(
+                identity, self.config.key, self.config.engine.integrity == "mac", self._tls
+            ),
             (me.address.host, me.address.port),
             (peer.address.host, peer.address.port, peer.id),
             self._contact,
@@ -285,27 +300,48 @@ class Engine:
             node.refusal = self._unproven = reason
         self.events.emit("no-peer", reason=reason)
 
-    async def _contact(self, connection: socket.socket, channel: Channel) -> None:
+    async def _contact(self, proven: Proven) -> None:
         """One authenticated connection, until its session has ended."""
+        connection, channel, tls = proven.connection, proven.channel, proven.tls
         ended = self.loop.create_future()
+
+        def closed() -> None:
+            if not ended.done():
+                ended.set_result(None)
+
+        def lost(reason: str) -> None:
+            self._lost(session, reason)
+
         with self.driver.lock:
             old = self.node.session
             known = self.node.sb.peer_uuid
             if old is not None and known in (bytes(16), channel.established_peer_uuid):
                 # The peer has proven itself anew, so it has lost the old connection.
                 self.node.lose_session(old, "the peer connected again")
-            link = TcpLink(
-                self.loop,
-                connection,
-                lost=lambda reason: self._lost(session, reason),
-                closed=lambda: None if ended.done() else ended.set_result(None),
-            )
-            session = Session(self, channel, link)
+            source: Source = connection
+            if tls is None:
+                link = TcpLink(self.loop, connection, lost, closed)
+            else:
+                source = link = TlsLink(self.loop, connection, lost, closed, tls)
+            session = Session(self, channel, link, tls=tls.describe() if tls is not None else "")
             link.attach(session.outgoing)
-        self.loop.add_reader(connection.fileno(), self.receiver.readable, connection, session)
+        self.loop.add_reader(connection.fileno(), self.receiver.readable, source, session)
         self.spawn("negotiate", negotiate.negotiate(self.node, session))
         self.receiver.take_frames(session)
+        if isinstance(link, TlsLink):
+            link.begin(
+                partial(self.receiver.readable, link, session), partial(self._renew, session)
+            )
         await ended
+
+    def _renew(self, session: Session) -> None:
+        """Other keys are due: who sends data begins the session anew. Nobody is asked; where the
+        peer does not come back at once, somebody is after all.
+        """
+        with self.driver.lock:
+            if session.sending:
+                self.node.lose_session(session, SPENT, ask=False)
+        self.receiver.carry_out()
 
     def _lost(self, session: Session, reason: str) -> None:
         with self.driver.lock:

@@ -29,7 +29,7 @@ REFILL_S: Final = 2.0
 # Kinds that an operator reads in the journal; those of errors are there with their traceback.
 TOLD: Final = frozenset(
     {
-        "started", "memory", "metadata", "witness", "role", "question", "held", "in-sync",
+        "started", "memory", "metadata", "tls", "witness", "role", "question", "held", "in-sync",
         "resumed", "session-lost", "refused", "no-peer", "protocol-error", "split-brain", "decided",
         "local-failure", "failure-not-recorded", "leave", "leave-without-flush",
         "demote-without-flush", "clients-stay", "resync-started", "resync-finished", "tidy-failed",

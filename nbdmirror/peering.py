@@ -16,10 +16,12 @@ from functools import partial
 from typing import TypeAlias
 
 from nbdmirror.core.channel import Channel
-from nbdmirror.core.handshake import Handshake, Identity, offers
+from nbdmirror.core.handshake import TLS_DIFFERS, Handshake, Identity, offers
 from nbdmirror.errors import PeerProtocolError, PeerRefusedError
 from nbdmirror.limits import HANDSHAKE_TIMEOUT_MS, RECONNECT_MS_MAX, RECONNECT_MS_MIN
 from nbdmirror.link import abort, enlarge, tune
+from nbdmirror.tls import TlsSetup
+from nbdmirror.unproven import PlainWay, Proven, TlsWay, Way
 
 UNPROVEN_MAX = 16
 NONCE_BYTES = 32
@@ -32,6 +34,7 @@ REFUSALS = frozenset(
         "your node identity is mine, or none",
         "no protocol version in common",
         "a required feature is missing",
+        TLS_DIFFERS,
     }
 )
 LISTEN_BACKLOG = 32
@@ -43,14 +46,18 @@ Places: TypeAlias = dict["asyncio.Task[None]", bool]
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """Who this node is to its peer, what it proves that with, and whether every frame is keyed."""
+    """Who this node is to its peer, what it proves that with, and whether every frame is keyed.
+
+    `tls`: what it needs to speak TLS, None to speak without.
+    """
 
     identity: Identity
     key: bytes = field(repr=False)
     asks_macs: bool
+    tls: TlsSetup | None = None
 
-    def handshake(self, *, dialer: bool) -> Handshake:
-        """A fresh one, of this node."""
+    def handshake(self, *, dialer: bool, binding: bytes = b"") -> Handshake:
+        """A fresh one, of this node, bound to the TLS channel around it."""
         features, required = offers(macs=self.asks_macs)
         return Handshake(
             dialer,
@@ -59,13 +66,20 @@ class Credentials:
             os.urandom(NONCE_BYTES),
             features=features,
             required=required,
+            binding=binding,
         )
+
+    def way(self, connection: socket.socket, *, dialer: bool) -> Way:
+        """How the messages of the handshake go."""
+        if self.tls is None:
+            return PlainWay(connection)
+        return TlsWay(connection, self.tls, dialer=dialer)
 
 
 class Peering:
     """Dials or listens for ever, and hands each authenticated connection to `contact`.
 
-    `contact(connection, channel)` returns when the session of that connection has ended.
+    `contact(proven)` returns when the session of that connection has ended.
     """
 
     def __init__(
@@ -73,7 +87,7 @@ class Peering:
         credentials: Credentials,
         mine: tuple[str, int],
         peer: tuple[str, int, int],
-        contact: Callable[[socket.socket, Channel], Awaitable[None]],
+        contact: Callable[[Proven], Awaitable[None]],
         note: Callable[[str], None],
     ) -> None:
         self._credentials = credentials
@@ -130,12 +144,12 @@ class Peering:
             loop = asyncio.get_running_loop()
             async with asyncio.timeout(HANDSHAKE_TIMEOUT_MS / 1000):
                 await loop.sock_connect(connection, (host, port))
-                channel = await self._prove(connection, lambda: None, dialer=True)
+                proven = await self._prove(connection, lambda: None, dialer=True)
         except BaseException:
             abort(connection)
             raise
         enlarge(connection)
-        await self._contact(connection, channel)
+        await self._contact(proven)
 
     # --- listening --------------------------------------------------------------------------
 
@@ -214,7 +228,7 @@ class Peering:
             try:
                 tune(connection)
                 async with asyncio.timeout(HANDSHAKE_TIMEOUT_MS / 1000):
-                    channel = await self._prove(connection, greeted, dialer=False)
+                    proven = await self._prove(connection, greeted, dialer=False)
             finally:
                 places.pop(task, None)
         except (OSError, PeerProtocolError, TimeoutError) as error:
@@ -225,36 +239,34 @@ class Peering:
             abort(connection)
             raise
         enlarge(connection)
-        await self._contact(connection, channel)
+        await self._contact(proven)
 
     # --- both -------------------------------------------------------------------------------
 
     async def _prove(
         self, connection: socket.socket, greeted: Callable[[], None], *, dialer: bool
-    ) -> Channel:
+    ) -> Proven:
         """Run the handshake; `greeted` is told when the other end has said something valid.
 
         Raises:
             PeerProtocolError: refused, by either side; the refusal was sent.
         """
-        loop = asyncio.get_running_loop()
-        channel = Channel(self._credentials.handshake(dialer=dialer))
+        way = self._credentials.way(connection, dialer=dialer)
+        binding = await way.begin()
+        channel = Channel(self._credentials.handshake(dialer=dialer, binding=binding))
         try:
-            await loop.sock_sendall(connection, channel.start())
+            await way.send(channel.start())
             while channel.established is None:
-                count = await loop.sock_recv_into(connection, channel.buffer_for_read())
+                count = await way.receive_into(channel.buffer_for_read())
                 require_bytes(count)
                 channel.received(count)
                 if outgoing := channel.take_outgoing():
                     greeted()
-                await loop.sock_sendall(connection, outgoing)
+                await way.send(outgoing)
         except PeerProtocolError:
-            with contextlib.suppress(OSError):
-                await loop.sock_sendall(connection, channel.refusal)
-                connection.shutdown(socket.SHUT_WR)
-                await asyncio.wait_for(loop.sock_recv(connection, 1), 0.2)
+            await way.part(channel.refusal)
             raise
-        return channel
+        return Proven(connection, channel, way.tls)
 
 
 def why_not_connected(error: Exception, host: str, port: int) -> str:

@@ -13,11 +13,10 @@ cannot go on without it, so no socket is closed under the stand-in. Must never b
 lock by somebody who holds the engine's: the order is this one first.
 """
 
-import socket
 import threading
 from _thread import allocate_lock
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
 import uvloop
 
@@ -31,6 +30,14 @@ from nbdmirror.errors import PeerProtocolError
 LOOK_S: Final = 0.05
 
 
+class Source(Protocol):
+    """Where the bytes come from: the socket itself, or what stands between it and the frames."""
+
+    def recv_into(self, buffer: memoryview, /) -> int:
+        """As a non-blocking socket does it."""
+        ...
+
+
 class Receiver:
     """The receiving half of the peer channel. `begin` on the loop's thread, before anything."""
 
@@ -39,7 +46,7 @@ class Receiver:
         self._driver = driver
         self._lock = allocate_lock()
         self._ready: list[Callable[[], None]] = []
-        self._from: tuple[socket.socket, Session] | None = None
+        self._from: tuple[Source, Session] | None = None
         self._carrying_out = False
         self._turn = 0
         self._loop: uvloop.Loop
@@ -52,7 +59,7 @@ class Receiver:
 
     # --- on the loop's thread -------------------------------------------------------------------
 
-    def readable(self, connection: socket.socket, session: Session) -> None:
+    def readable(self, connection: Source, session: Session) -> None:
         """Something arrived: sort it, answer what is answered at once, carry out the rest."""
         with self._lock:
             self._from = (connection, session)
@@ -127,8 +134,8 @@ class Receiver:
 
     # --- under the lock -------------------------------------------------------------------------
 
-    def _receive(self, connection: socket.socket, session: Session) -> bool:
-        """Take what the socket has; True when there may be more."""
+    def _receive(self, connection: Source, session: Session) -> bool:
+        """Take what the connection has; True when there may be more."""
         channel = session.channel
         try:
             count = connection.recv_into(channel.buffer_for_read())

@@ -97,9 +97,12 @@ class Operation:
 
 
 class Session:
-    """One authenticated connection, from the handshake to its end. Never reused."""
+    """One authenticated connection, from the handshake to its end. Never reused.
 
-    def __init__(self, shell: Shell, channel: "Channel", link: "Link") -> None:
+    `tls`: version and cipher of what is around it, "" for nothing.
+    """
+
+    def __init__(self, shell: Shell, channel: "Channel", link: "Link", *, tls: str = "") -> None:
         established = channel.established
         assert established is not None
         self.shell = shell
@@ -109,6 +112,7 @@ class Session:
         self.hash_key = established.hash_key
         self.peer = established.peer
         self.integrity = "mac" if established.frame_macs else "crc"
+        self.tls = tls
         self.phase = Phase.NEGOTIATING
         self.live = True
         self.sending = False
@@ -304,6 +308,7 @@ class Session:
             "number": f"{self.number:016x}",
             "phase": self.phase.value,
             "integrity": self.integrity,
+            "tls": self.tls,
             "peer_instance": self.peer.instance.hex(),
             "peer_primary": self.peer_primary,
             "peer_attended": self.peer_attended,

@@ -1,4 +1,4 @@
-"""The mirror's key in a running pair: where it is, and that it is nowhere else.
+"""The mirror's key, and that of TLS, in a running pair: where they are, and nowhere else.
 
 The key of this mirror is a word that can be searched for. It is looked for in every place that
 others read or that gets copied into a report, as it is and in the forms that programs print.
@@ -13,8 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from nbdmirror.config import load
+from nbdmirror.config_files import own_certificate
 from nbdmirror.control_client import ControlClient
 from nbdmirror.core.channel import Channel
 from nbdmirror.core.handshake import Handshake
@@ -34,6 +37,8 @@ PEEPER = (
     "ls -l /proc/$$/fd >> {root}/peeped"
 )
 APPLICATION = f"""
+[engine]
+tls = "on"
 [application]
 start = ["/bin/sh", "-c", '{PEEPER}']
 stop = ["/bin/sh", "-c", '{PEEPER}']
@@ -53,6 +58,8 @@ SHOWN = (
     ("engine", "state", "--json"),
     ("metadata", "show", "--json"),
     ("kept", "show"),
+    ("tls", "show"),
+    ("tls", "show", "--json"),
     ("events", "--no-follow", "--json"),
 )
 
@@ -111,10 +118,22 @@ def of_processes() -> Iterator[tuple[str, bytes]]:
 
 
 def of_files(root: Path) -> Iterator[tuple[str, bytes]]:
-    """Every file of the two nodes, data and metadata as well, but the key's own."""
+    """Every file of the two nodes, data and metadata as well, but the keys' own."""
     for path in root.rglob("*"):
-        if path.is_file() and path.name != "key":
+        if path.is_file() and path.name not in {"key", "tls.pem"}:
             yield str(path), path.read_bytes()
+
+
+def keys_of_tls(cluster: Cluster) -> list[bytes]:
+    """The private keys of both nodes, as numbers and as their files have them."""
+    found = []
+    for node in cluster.both:
+        pem = own_certificate(node.config.me.data_dir).read_bytes()
+        key = load_pem_private_key(pem, None)
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        found += [key.private_numbers().private_value.to_bytes(32, "big"), pem.splitlines()[2]]
+        assert found_in(pem, found[-1]) == ["as it is"]
+    return found
 
 
 def test_the_key_is_in_its_file_and_nowhere_else(cluster: Cluster, canary: bytes) -> None:
@@ -136,7 +155,10 @@ def test_the_key_is_in_its_file_and_nowhere_else(cluster: Cluster, canary: bytes
                 answer = client.call("state" if path.name == "engine.sock" else "status")
             places.append((str(path), repr(answer).encode()))
         places.append((f"{node.name}: events", repr(node.followers[-1].events).encode()))
-    assert not {place: how for place, text in places if (how := found_in(text, canary))}
+    for secret in (canary, *keys_of_tls(cluster)):
+        assert not {place: how for place, text in places if (how := found_in(text, secret))}
+    for node in cluster.both:
+        assert node.status()["engine"]["session"]["tls"].startswith("TLSv1.3")
     names = " ".join(place for place, _ in places)
     for wanted in ("engine.log", "alpha.log", "peeped", "meta", "environ", "config show"):
         assert wanted in names, "the place was looked at"

@@ -5,13 +5,16 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from nbdmirror import certificate
 from nbdmirror.engine_user import Account, becoming
 from nbdmirror.errors import ConfigError
 from tests.scenarios.test_split_brain import checksum, kept, went_apart
 from tests.support.accounts import MakeAccount, make_account, rights_of, way_for_users
+from tests.support.certificates import Authority
 from tests.support.fixtures import MakePair
 from tests.support.pair import PEER_PORT, ROOT, Pair
 from tests.support.proxy import Proxy
@@ -95,6 +98,35 @@ def test_a_start_that_cannot_be_changes_nothing(make_pair: MakePair, user: Accou
     closed.chmod(0o711)
     assert alpha.start().data.stat().st_uid == user.uid
     alpha.stop()
+
+
+def test_the_keys_of_tls_reach_an_engine_without_rights(
+    user: Account, make_pair: MakePair, tmp_path: Path
+) -> None:
+    """Breaks in the field: with a user of its own an engine cannot read root's key of TLS, or root
+    has made the certificate that the engine looks for.
+    """
+    authority = Authority(tmp_path / "ca")
+    pair = make_pair(engine={"user": user.name, "tls": "on"})
+    way_for_users(pair.root, *(pair.root / node.name for node in pair.both))
+    alpha, beta = pair.both
+    named = authority.issue("alpha")
+    text = pair.config_text("alpha")
+    keys = f'tls_certificate = "{named.cert_file}"\ntls_key = "{named.key_file}"'
+    alpha.config_path.write_text(text.replace("[engine]", f"[engine]\n{keys}"))
+    pair.up()
+    for engine in pair.both:
+        assert engine.state()["session"]["tls"].startswith("TLSv1.3")
+        assert rights_of(engine.pid)["Uid"] == [str(user.uid)] * 4
+    own = beta.config.tls_certificate
+    assert (own.stat().st_uid, own.stat().st_mode & 0o777) == (user.uid, 0o600)
+    assert Path(named.key_file).stat().st_uid == os.geteuid()
+    beta.stop()
+    certificate.make(own, "demo", "beta", replace=True)
+    assert own.stat().st_uid == os.geteuid()
+    beta.start()
+    pair.synced()
+    assert own.stat().st_uid == user.uid, "the next start gives it away"
 
 
 @pytest.mark.parametrize("prepare", [True, False])

@@ -91,6 +91,7 @@ class Engine:
     def __init__(self, name: str, config_path: Path, logs: Path) -> None:
         self.name = name
         self.enter: tuple[str, ...] = ()  # stands before the command: where it runs
+        self.program = ROOT  # where the package and the plugin are
         self.config_path = config_path
         self.log_path = logs / f"{name}.log"
         self.launcher: subprocess.Popen[bytes] | None = None
@@ -122,7 +123,8 @@ class Engine:
         with self.log_path.open("ab") as log:
             self.launcher = subprocess.Popen(
                 [*self.enter, sys.executable, "-c", LAUNCH, str(self.config_path), self.name],
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                env={**os.environ, "PYTHONPATH": str(self.program)},
+                cwd=self.program,  # before PYTHONPATH, with -c
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
