@@ -6,8 +6,10 @@ ones.
 """
 
 import time
+from pathlib import Path as FilePath
 from typing import Any, Final
 
+from nbdmirror import certificate, tls
 from nbdmirror.core import dispatch, io
 from nbdmirror.core.channel import Channel
 from nbdmirror.core.dirtymap import DirtyMap
@@ -22,6 +24,7 @@ from nbdmirror.core.superblock import ArbiterKind, DataState, Superblock
 from nbdmirror.core.wire import FrameType
 from nbdmirror.driver import Driver, Pool, ReplicaDriver, ThreadWaiter
 from nbdmirror.limits import FLUSH_BYTES, GIB, MIB
+from nbdmirror.tls import TlsStream
 
 DEVICE_BYTES: Final = 1 * GIB
 FLUSH_EVERY_COUNT: Final = 1000
@@ -47,6 +50,19 @@ def superblock(
         data_state=DataState.UPTODATE,
         sequence=1,
     )
+
+
+def tls_streams(directory: FilePath) -> tuple[TlsStream, TlsStream]:
+    """Both ends of one connection inside TLS, shaken; the certificate is made in the directory."""
+    path = directory / "tls.pem"
+    certificate.make(path, "bench", "bench", replace=True)
+    setup = tls.load(path, path, None)
+    one, two = TlsStream(setup, dialer=True), TlsStream(setup, dialer=False)
+    while not (one.shake() & two.shake()):
+        for mine, other in ((one, two), (two, one)):
+            if piece := mine.outgoing.read():
+                other.feed(piece)
+    return one, two
 
 
 def channels(*, macs: bool = False) -> tuple[Channel, Channel]:

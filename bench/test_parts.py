@@ -7,11 +7,20 @@ fast by doing nothing fails here.
 
 from collections.abc import Callable, Iterator
 from itertools import count, cycle
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
 
-from bench.rig import DEVICE_BYTES, Primary, Secondary, channels, feed, superblock
+from bench.rig import (
+    DEVICE_BYTES,
+    Primary,
+    Secondary,
+    channels,
+    feed,
+    superblock,
+    tls_streams,
+)
 from nbdmirror.core.checks import crc32c, crc32c_reference, keyed_hash
 from nbdmirror.core.dirtymap import DirtyMap
 from nbdmirror.core.geometry import Geometry
@@ -82,6 +91,44 @@ def test_frame_sender(benchmark: Benchmark, size: int, integrity: str) -> None:
     kind, data, numbers = FrameType.WRITE if size else FrameType.ACK, bytes(size), count(1)
     head = benchmark(lambda: sender.encode(kind, 0, next(numbers), 0, 0, data))
     assert len(head) == HEADER.size + (16 if integrity == "mac" else 0)
+
+
+# --- TLS ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [48, 4 * KIB + 48, MIB + 48])
+def test_tls_seal(benchmark: Benchmark, size: int, tmp_path: Path) -> None:
+    """Breaks in the field: with `tls = "on"` each write and each answer pays for this, with the
+    link's lock held: from the joined buffers to the bytes for the socket.
+    """
+    one, _ = tls_streams(tmp_path)
+    parts = [bytes(48), bytes(size - 48)]
+
+    def seal() -> bytes:
+        one.write(b"".join(parts))
+        return one.outgoing.read()
+
+    assert len(benchmark(seal)) > size
+
+
+@pytest.mark.parametrize("size", [48, 4 * KIB + 48, MIB + 48])
+def test_tls_open(benchmark: Benchmark, size: int, tmp_path: Path) -> None:
+    """Breaks in the field: as above, for the end that receives."""
+    one, two = tls_streams(tmp_path)
+    buffer = memoryview(bytearray(size))
+
+    def arrived() -> tuple[tuple[bytes], dict[str, Any]]:
+        one.write(bytes(size))
+        return (one.outgoing.read(),), {}
+
+    def take(data: bytes) -> int:
+        two.incoming.write(data)
+        got = 0
+        while got < size:
+            got += two.read(buffer[got:]) or 0
+        return got
+
+    assert benchmark.pedantic(take, setup=arrived, rounds=2000) == size  # type: ignore[attr-defined]
 
 
 # --- checks ----------------------------------------------------------------------------------
