@@ -1,8 +1,8 @@
 """A TCP relay between the two nodes that can be cut at any byte, or made to swallow.
 
 Owns its listening socket, one thread, and at most a few connections. It knows nothing of the
-protocol; who does is given the bytes and may change them. Must never: keep a byte back by itself
-except when told to swallow.
+protocol; who does is given the bytes and may change them, or derives from it (frame_proxy.py). Must
+never: keep a byte back by itself except when told to swallow.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 
 CHUNK_BYTES = 256 * 1024
+PAUSE_S = 0.5
 RESET = struct.pack("ii", 1, 0)
 Editor = Callable[[bytes], bytes]
 
@@ -69,7 +70,7 @@ class Proxy:
     def close(self) -> None:
         """End the thread and every connection."""
         self._closing = True
-        os.write(self._wake_write, b"x")
+        self._wake()
         self._thread.join(5)
         with self._lock:
             self._reset_all()
@@ -80,15 +81,22 @@ class Proxy:
 
     # --- the relay ----------------------------------------------------------------------------
 
+    def _wake(self) -> None:
+        os.write(self._wake_write, b"x")
+
     def _run(self) -> None:
         while not self._closing:
-            for key, mask in self._selector.select(0.5):
+            for key, mask in self._selector.select(self._pause_s()):
                 with self._lock:
                     self._serve(key.fileobj, mask)
+            with self._lock:
+                self._due()
 
     def _serve(self, ready: object, mask: int) -> None:
         if ready is self._listener:
             self._accept()
+        elif ready == self._wake_read:
+            os.read(self._wake_read, 64)
         elif isinstance(ready, socket.socket) and ready in self._pairs:
             if mask & selectors.EVENT_WRITE:
                 self._flush(ready)
@@ -113,6 +121,7 @@ class Proxy:
             one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._pairs[one] = other
             self._selector.register(one, selectors.EVENT_READ)
+        self._opened(inner, outer)
 
     def _relay(self, source: socket.socket) -> None:
         target = self._pairs[source]
@@ -123,7 +132,7 @@ class Proxy:
         except OSError:
             piece = b""
         if not piece:
-            self._drop(source)
+            self._ended(source)
             return
         if self._swallowing:
             return
@@ -137,10 +146,14 @@ class Proxy:
         self.relayed_bytes += len(piece)
         if source in self._editors:
             piece = self._editors[source](piece)
+        piece, closing = self._passed(source, piece)
+        self._send(target, piece)
+        if cut or closing:
+            self._drop(source)
+
+    def _send(self, target: socket.socket, piece: bytes) -> None:
         self._waiting[target] = self._waiting.get(target, b"") + piece
         self._flush(target)
-        if cut:
-            self._drop(source)
 
     def _flush(self, target: socket.socket) -> None:
         """Send what waits; while something does, nothing more is read for it."""
@@ -176,6 +189,7 @@ class Proxy:
         other = self._pairs.pop(one, None)
         for each in (one, other):
             if each is not None:
+                self._closed(each)
                 self._pairs.pop(each, None)
                 self._waiting.pop(each, None)
                 self._editors.pop(each, None)
@@ -187,6 +201,29 @@ class Proxy:
         for each in list(self._pairs):
             if each in self._pairs:
                 self._drop(each)
+
+    # --- what a relay that knows the protocol does in addition ----------------------------------
+
+    def _opened(self, inner: socket.socket, outer: socket.socket) -> None:
+        """A connection: `inner` to who dialed, `outer` to the target."""
+
+    def _closed(self, one: socket.socket) -> None:
+        """This end of a connection is given up."""
+
+    def _passed(self, source: socket.socket, piece: bytes) -> tuple[bytes, bool]:
+        """What goes on instead of `piece`, and whether the connection ends after it."""
+        return piece, False
+
+    def _ended(self, source: socket.socket) -> None:
+        """This end says nothing any more."""
+        self._drop(source)
+
+    def _pause_s(self) -> float:
+        """How long to wait for the next event at most."""
+        return PAUSE_S
+
+    def _due(self) -> None:
+        """What is to be done by now, after each round of events."""
 
 
 def reset(connection: socket.socket) -> None:
