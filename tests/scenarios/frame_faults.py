@@ -64,6 +64,7 @@ BOUND_S: Final = 120.0
 CASES_PER_PAIR_COUNT: Final = 40
 COURSES_COUNT: Final = 7
 COURSE_COUNT: Final = 60
+HOT_COUNT: Final = 10
 LOOK_S: Final = 0.02
 FOUND_S: Final = 30.0
 REFUSED_FOR_S: Final = 3.0
@@ -236,7 +237,10 @@ class Course:
     def come_back(self, fault: Fault | None) -> None:
         """The secondary is killed under load, and started: what was hot is compared."""
         secondary = self.pair.other(self.primary)
+        before = self.history.answered
         self.operate()
+        while self.history.answered < before + HOT_COUNT and not self.history.wait(LOOK_S):
+            pass
         secondary.kill()
         self.expected(fault, secondary.start)
 
