@@ -12,6 +12,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, Final
 
+from tests.prove.accidents import Accidents
 from tests.prove.campaign import Campaign, Outcome
 from tests.prove.mutants import Mutants
 from tests.prove.parsers import Parsers
@@ -20,12 +21,12 @@ from tests.prove.simulator import Simulator
 from tests.prove.syscalls import Syscalls
 
 CAMPAIGNS: Final[tuple[Campaign, ...]] = (
-    Simulator(), Mutants(), Syscalls(), PowerCuts(), Parsers(),
+    Simulator(), Mutants(), Syscalls(), PowerCuts(), Accidents(), Parsers(),
 )  # fmt: skip
 # What is published, in this order; the rest follows.
 FIGURES: Final = (
     *("simulator seeds", "simulator faults", "acknowledged operations checked", "power cuts"),
-    *("points hit", "mutants killed", "parser inputs"),
+    *("points hit", "accidents", "mutants killed", "parser inputs"),
 )
 assert sum(campaign.share for campaign in CAMPAIGNS) == 100
 

@@ -165,6 +165,20 @@ class History:
 
     # --- judging --------------------------------------------------------------------------------
 
+    def power_was_lost(self) -> None:
+        """The last copy of what nobody had flushed is gone: from here on it may be there or not.
+
+        No flush that comes later makes it durable. All clients have ended.
+        """
+        with self._lock:
+            gone = [
+                each for each in self.operations
+                if each.acknowledged and each.kind not in ("flush", "fua")
+                and not self._flushed(each, sys.maxsize)
+            ]  # fmt: skip
+            for each in gone:
+                each.ended = -1
+
     def now(self) -> int:
         """The place of the newest answer."""
         with self._lock:

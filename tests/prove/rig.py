@@ -50,9 +50,8 @@ class Rig:
             for name in ("alpha", "beta"):
                 (self.root / name).mkdir()
                 self.disks[name] = PowerDisk(self.root / name, DISK_BYTES)
-            self.pair = Pair(
-                size=DEVICE_BYTES,
-                data_dirs={name: disk.mountpoint / "node" for name, disk in self.disks.items()},
+            self.pair = self.make_pair(
+                {name: disk.mountpoint / "node" for name, disk in self.disks.items()}
             )
             self.pair.up(sparse=True)
         except BaseException:
@@ -68,6 +67,10 @@ class Rig:
         self.in_sync_before = True
         self._descriptors: dict[int, int] = {}
         self._seed = 0
+
+    def make_pair(self, data_dirs: dict[str, Path]) -> Pair:
+        """The two engines, not started yet."""
+        return Pair(size=DEVICE_BYTES, data_dirs=data_dirs)
 
     # --- one point ------------------------------------------------------------------------------
 

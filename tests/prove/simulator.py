@@ -32,7 +32,7 @@ class Simulator:
     """The campaign."""
 
     name = "simulator"
-    share = 30
+    share = 25
 
     def run(self, seconds: float) -> Outcome:
         """As many seeds as fit."""

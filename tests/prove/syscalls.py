@@ -179,7 +179,7 @@ class Syscalls:
     """The campaign: points in random order for so long."""
 
     name = "system calls"
-    share = 30
+    share = 20
 
     def run(self, seconds: float) -> Outcome:
         """A fresh order each time."""
