@@ -7,6 +7,7 @@ exactly that run again. Needs root (loop devices, mounts, strace) and Debian's p
 import argparse
 import json
 import secrets
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ def main() -> int:
         for number in range(min(asked.runs, 1000)):
             say(f"{seed + number}  {drawn(seed + number, asked.only)}")
         return 0
+    # Told to end, it takes down what it made.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     say(f"from seed {seed} on")
     outcome = Runs(seed, only=asked.only, say=say).run(asked.runs, asked.minutes * 60)
     say("\n".join(table(outcome.figures)))

@@ -76,6 +76,7 @@ class Runs:
                     world.heal()
             world.heal()
             world.judge()
+            self.outcome.figures["power cuts"] += world.power_cuts
             return world.history.checked
 
     def with_controllers(self, plan: Plan) -> int:
