@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Every promise checked by one command: the simulator, the mutants of its rules, system calls and
-# power cuts on real engines, changed inputs for every parser. Prints one table of what was checked;
-# ends with an error at the first violation, and with the one command that shows it again.
+# Every promise checked by one command: the simulator, the mutants of its rules, system calls, power
+# cuts and other accidents on real engines, changed inputs for every parser. Prints one table of what
+# was checked; ends with an error at the first violation, and with the one command that shows it
+# again.
 #
 #     packaging/prove.sh [--minutes N] [--json FILE] [--only CAMPAIGN]
 #
