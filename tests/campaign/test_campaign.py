@@ -15,7 +15,7 @@ MANY = 3000
 @pytest.mark.nbdkit
 @pytest.mark.slow
 @pytest.mark.usefixtures("require_root")
-@pytest.mark.parametrize("name", ["kill at a frame", "crash in a resync"])
+@pytest.mark.parametrize("name", ["reset", "crash in a resync"])
 def test_a_few_accidents(name: str) -> None:
     """Breaks in the field: an engine that dies at the wrong frame takes what was acknowledged
     along.
