@@ -88,7 +88,7 @@ def test_a_held_read_is_woken_once() -> None:
     lease = Lease(LENGTH_MS, 0, confirms=False)
     number = asker(lease)(100)
     waiter = Woken()
-    assert next(lease.wait(waiter)) == (waiter.wait,)
+    assert next(lease.wait(waiter)) == (waiter.wait, None)
     lease.answered(number)
     lease.wake()
     assert waiter.count == 1
