@@ -24,7 +24,7 @@ NOT_RUN: pytest.StashKey[list[str]] = pytest.StashKey()
 # No deadline: two cores shared with other runs make single examples arbitrarily slow.
 _QUIET = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.register_profile("dev", parent=_QUIET, max_examples=50)
-settings.register_profile("ci", parent=_QUIET, max_examples=300, database=None)
+settings.register_profile("ci", parent=_QUIET, max_examples=200, database=None)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -24,10 +24,10 @@ pytestmark = [pytest.mark.sim, pytest.mark.slow]
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CLUSTER = ROOT / "nbdmirror" / "core" / "cluster"
-# Together 890 runs: 500 with simple controllers, 390 with production's. More do not fit into the
+# Together 755 runs: 500 with simple controllers, 255 with production's. More do not fit into the
 # time of all tests together; docs/simulator.md has the command for more.
 SEEDS_COUNT = 250
-CONDUCTED_COUNT = 130
+CONDUCTED_COUNT = 85
 JOBS_COUNT = 2
 REGRESSIONS: list[dict[str, Any]] = tomllib.loads((HERE / "regressions.toml").read_text())["seed"]
 
