@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gc
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,13 @@ from tests.support.http_proxy import (
 from tests.support.record_stores import G2, G3, KINDS, Kind, Scene, run
 from tests.support.stores import Server
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    # aiohttp gives back a connection whose request was given up at the wrong moment, and complains.
+    pytest.mark.filterwarnings(
+        "ignore:.*Connection.__del__:pytest.PytestUnraisableExceptionWarning"
+    ),
+]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -401,8 +408,6 @@ def test_a_store_that_stopped_is_no_answer(own: Scene) -> None:
     run(main())
 
 
-# aiohttp gives back a connection whose request was given up at the wrong moment, and complains.
-@pytest.mark.filterwarnings("ignore:.*Connection.__del__:pytest.PytestUnraisableExceptionWarning")
 def test_a_store_that_froze_is_no_answer(own: Scene) -> None:
     """Breaks in the field: a store that takes connections and says nothing stops the node, too."""
 
@@ -416,6 +421,7 @@ def test_a_store_that_froze_is_no_answer(own: Scene) -> None:
             await there(store)
 
     run(main())
+    gc.collect()  # here, and not in the test of another file
 
 
 def test_a_store_that_lost_everything_holds_nothing(own: Scene) -> None:
