@@ -17,8 +17,8 @@ MANY = 3000
 @pytest.mark.usefixtures("require_root")
 @pytest.mark.parametrize("name", ["reset", "crash in a resync"])
 def test_a_few_accidents(name: str) -> None:
-    """Breaks in the field: an engine that dies at the wrong frame takes what was acknowledged
-    along.
+    """Breaks in the field: a link that is reset, or an engine that dies in a resync, takes what was
+    acknowledged along.
     """
     outcome = Runs(SEED, only=name, say=lambda _: None).run(1, float("inf"))
     assert not outcome.violation, f"{outcome.violation}\nreplay: {outcome.replay}"

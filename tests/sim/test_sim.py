@@ -1,4 +1,4 @@
-"""Two thousand seeds of the simulator, and what makes a seed worth something: it can be replayed.
+"""Some hundred seeds of the simulator, and what makes a seed worth something: it can be replayed.
 
 `python -m tests.sim` runs as many as one likes; docs/simulator.md says what is checked.
 """
