@@ -125,8 +125,13 @@ def named(node: Node, generation: bytes) -> Path:
         RefusedError: this node has no right, or under another generation.
         StoreError: it cannot be stored; the doubt stays.
     """
-    mine = node.sb.pending if any(node.sb.pending) else node.sb.generation
-    if not node.right or generation != mine:
-        raise RefusedError(f"named: {generation.hex()} is not what this node has the right under")
-    yield from node.change(lambda sb: replace(sb, flags=sb.flags & ~Flags.FELL_BACK))
+
+    def edit(sb: Superblock) -> Superblock:
+        # At the moment of storing: a joint step may have given the right up meanwhile.
+        mine = sb.pending if any(sb.pending) else sb.generation
+        if Flags.ALONE not in sb.flags or generation != mine:
+            raise RefusedError(f"named: {generation.hex()} is not what this node goes on under")
+        return replace(sb, flags=sb.flags & ~Flags.FELL_BACK)
+
+    yield from node.change(edit)
     node.fell_back = False
